@@ -26,9 +26,9 @@ from raysft.estimate.fake_model import without_memory
 from raysft.estimate.sizes import Activations, Layers, Line, LossBytes
 from raysft.models.attention import EXAMPLEWISE, FLASH, WITH_SINKS, kernel, use_examplewise, without_adapters
 from raysft.models.decoder_layers import decoder_layers
+from raysft.models.examples import Examples
 from raysft.models.fused_layers import ROTARY, fuse_layers
 from raysft.models.recomputation import is_recomputed
-from raysft.models.sequence_attention import Slice
 from raysft.models.torch_internals import LiveBytes, fake_tensors
 from raysft.models.transformers_internals import attention_implementation, can_set_attention
 from raysft.train.loss import CHUNK_TOKENS, TokenLoss
@@ -103,8 +103,7 @@ class _TracedLoss(TokenLoss):
         images: dict[str, torch.Tensor] | None = None,
         neftune_alpha: float | None = None,
         attention_mask: torch.Tensor | None = None,
-        examples: dict[str, Any] | None = None,
-        part: Slice | None = None,
+        examples: Examples | None = None,
     ) -> torch.Tensor:
         if self.states is not None:
             return self.states
@@ -119,8 +118,7 @@ class _TracedLoss(TokenLoss):
         input_ids: torch.Tensor,
         position_ids: torch.Tensor,
         images: dict[str, torch.Tensor] | None = None,
-        examples: dict[str, Any] | None = None,
-        part: Slice | None = None,
+        examples: Examples | None = None,
     ) -> torch.Tensor:
         """Those of a forward pass that keeps nothing, and so needs less than the one that is traced."""
         weight = next(without_adapters(self.model).get_output_embeddings().parameters())

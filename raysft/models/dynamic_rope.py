@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from raysft.models import sequence_attention
+from raysft.models.examples import current
 
 
 def scale_each_example(model: nn.Module) -> None:
@@ -34,8 +34,9 @@ class _Examplewise:
             x: hidden states, for their type and device.
             position_ids: [rows, tokens]; they count up from 0 in each example, or go on from an earlier call.
         """
-        part = sequence_attention.current()
-        lengths = example_lengths(position_ids) if part is None else part.lengths_of_tokens(position_ids.device)
+        examples = current()
+        elsewhere = examples is not None and examples.part is not None  # a part of the tokens
+        lengths = examples.lengths_of_tokens if examples and elsewhere else example_lengths(position_ids)
         fitting = lengths <= self._module.original_max_seq_len
         found = self._fresh(x, position_ids.where(fitting, 0))
         for length in lengths[~fitting].unique().tolist():

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -26,9 +25,9 @@ from raysft.models.attention import (
     by_example,
     example_lengths,
     is_plain,
-    use_examplewise,
     without_adapters,
 )
+from raysft.models.examples import Slice, current
 from raysft.models.transformers_internals import (
     attention_implementation,
     can_set_attention,
@@ -37,56 +36,6 @@ from raysft.models.transformers_internals import (
 )
 
 REMEDY = "set scaling.sequence_parallel=1, or use another model"
-
-
-@dataclass(frozen=True)
-class Slice:
-    """The part of some rows that a worker computes, and what its attention must know of all of them."""
-
-    processes: Any
-    """Process group of the workers that have the other parts."""
-    workers: int
-    """Their number, with this one."""
-    lengths: tuple[int, ...]
-    """Tokens of each example, padding included, over all rows, one after the other."""
-    start: int
-    """The first token of the part."""
-    stop: int
-    """The token after the last."""
-
-    def lengths_of_tokens(self, device: torch.device) -> torch.Tensor:
-        """[1, tokens of the part] tokens of the whole example that each token is of."""
-        lengths = torch.tensor(self.lengths, device=device)
-        return lengths.repeat_interleave(lengths)[None, self.start : self.stop]
-
-
-class _Current:
-    """What is computed now. It stays until the next forward pass, for layers that are computed again in the backward pass, which
-    may run in another thread."""
-
-    part: Slice | None = None
-
-
-def begin(part: Slice | None) -> None:
-    """Say which part of which rows the forward pass that follows computes; None: all tokens of its rows are here."""
-    _Current.part = part
-
-
-def current() -> Slice | None:
-    """Return what ``begin`` was told."""
-    return _Current.part
-
-
-def use_attention(model: Any, config: Config) -> None:
-    """Make a model compute attention as the config asks for, beyond the kernel that it was loaded with.
-
-    Raises:
-        RunFailed: the model's attention cannot exchange tokens.
-    """
-    if config.scaling.sequence_parallel > 1:
-        use_sequence(model, config)
-    else:
-        use_examplewise(model, config)
 
 
 def use_sequence(model: Any, config: Config) -> None:
@@ -165,11 +114,12 @@ def sequence_attention(
             f"{type(module).__name__} has {'attention sinks' if more == 's_aux' else 'biases of its attention'}, which workers of "
             f"scaling.sequence_parallel cannot exchange; {REMEDY}"
         )
-    part = _Current.part
-    if part is None:
+    examples = current()
+    if examples is None or examples.part is None:
         if position_ids is None or position_ids.shape[-1] != query.shape[2]:
             raise NoPositions(f"{type(module).__name__} does not pass positions on, so examples cannot be told apart")
         return _attend(module, kernel, query, key, value, example_lengths(position_ids), options), None
+    part = examples.part
     if query.shape[1] % part.workers:
         raise RunFailed(
             f"scaling.sequence_parallel={part.workers} divides query heads, of which {type(module).__name__} has {query.shape[1]}; "
@@ -179,7 +129,7 @@ def sequence_attention(
     if repeated > 1:
         key, value = (states.repeat_interleave(repeated, dim=1) for states in (key, value))
     query, key, value = (_to_heads(states, part) for states in (query, key, value))
-    return _to_tokens(_attend(module, kernel, query, key, value, part.lengths, options), part), None
+    return _to_tokens(_attend(module, kernel, query, key, value, examples.lengths, options), part), None
 
 
 def _attend(

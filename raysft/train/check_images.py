@@ -10,7 +10,8 @@ import torch
 from raysft.errors import RunFailed, one_line
 from raysft.models.attention import NoPositions, use_plain, without_adapters
 from raysft.models.media_inputs import has_planes, image_tokens, kinds_argument, media_inputs, rope_planes
-from raysft.train.loss import TokenLoss, difference_of
+from raysft.train.check_states import difference_of
+from raysft.train.loss import TokenLoss
 
 SIZES = ((60, 90), (150, 60))
 """Pixels of the images of two examples: (width, height)."""

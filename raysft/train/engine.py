@@ -11,8 +11,8 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from raysft.config import Config
 from raysft.errors import RunFailed, one_line
-from raysft.models import sequence_attention
 from raysft.models.attention import NoPositions, use_masks_for_images, use_plain, without_adapters
+from raysft.models.examples import begin
 from raysft.models.fused_layers import fuse_layers
 from raysft.models.kt_experts import move_experts
 from raysft.models.model_class import sees_images
@@ -20,6 +20,7 @@ from raysft.models.onednn import use_onednn
 from raysft.models.peft_internals import parameter_adapters
 from raysft.models.sequence_attention import REMEDY
 from raysft.train.check_images import check_images
+from raysft.train.check_states import check_causal, check_head, check_rows, check_slices
 from raysft.train.compilation import compile_layers, layers_of
 from raysft.train.deepspeed_config import deepspeed_settings, with_bucket
 from raysft.train.deepspeed_import import deepspeed
@@ -165,14 +166,14 @@ def check_model(
     Raises:
         RunFailed: one of them is not as the loss requires.
     """
-    sequence_attention.begin(None)
+    begin(None)
     try:
-        model.check_head(device)
+        check_head(model, device)
     except NoPositions as error:
         if group.size > 1:
             raise RunFailed(f"scaling.sequence_parallel={group.size}: {error}; {REMEDY}") from None
         use_plain(without_adapters(model.model))
-        model.check_head(device)
+        check_head(model, device)
     except (AttributeError, TypeError, ValueError) as error:
         whole = without_adapters(model.model)
         if not sees_images(whole):
@@ -184,9 +185,9 @@ def check_model(
     if processor is not None:
         use_masks_for_images(without_adapters(model.model), config)
         check_images(model, processor, device, config.data.packing)
-    model.check_causal(device)
+    check_causal(model, device)
     if config.stage == "sft" and config.data.packing:
-        model.check_rows(device, config.micro_batch_size, "set data.packing=false")
+        check_rows(model, device, config.micro_batch_size, "set data.packing=false")
     elif config.stage == "pt" and config.data.document_mask:
-        model.check_rows(device, config.micro_batch_size, "set data.document_mask=false")
-    model.check_slices(device, group)
+        check_rows(model, device, config.micro_batch_size, "set data.document_mask=false")
+    check_slices(model, device, group)

@@ -16,7 +16,7 @@ from raysft.config.model import Part
 from raysft.errors import RequestError, as_yaml, one_line
 from raysft.models.adapter_files import adapter_base, base_name
 from raysft.models.adapters import load_adapter, load_with_base
-from raysft.models.attention import check_kernel, kernel, without_adapters
+from raysft.models.attention import check_kernel, kernel, use_examplewise, without_adapters
 from raysft.models.kt_experts import recomputation_contexts
 from raysft.models.loading import load_weights
 from raysft.models.lora_targets import linear_layers, modules_in, targeted, targeted_routers
@@ -26,7 +26,7 @@ from raysft.models.new_tokens import vocabulary_modules
 from raysft.models.quantization import keep_layout, loading_options, method_of
 from raysft.models.recomputation import recompute_layers
 from raysft.models.remote_code import reference_runs_code
-from raysft.models.sequence_attention import use_attention
+from raysft.models.sequence_attention import use_sequence
 from raysft.storage.local_cache import local_copy, model_copy
 from raysft.storage.path import StoragePath
 from raysft.train.new_adapter import add_adapter, peft_config
@@ -89,10 +89,18 @@ def _options(config: Config, folder: Path, device: torch.device | None, runs_cod
     }
 
 
+def _use_attention(model: Any, config: Config) -> None:
+    """Make a model compute attention as the config asks for, beyond the kernel that it was loaded with."""
+    if config.scaling.sequence_parallel > 1:
+        use_sequence(model, config)
+    else:
+        use_examplewise(model, config)
+
+
 def _prepared(model: Any, config: Config) -> Any:
     """Make a transformers model compute on packed rows, alike in each forward pass."""
     model.config.use_cache = False
-    use_attention(model, config)
+    _use_attention(model, config)
     keep_layout(model)
     _disable_layerdrop(model)
     if config.model.liger:
@@ -278,7 +286,7 @@ def load_trained(config: Config, location: StoragePath | Path, runs_code: bool |
     model = load_with_base(folder, **options)
     base = without_adapters(model)
     keep_layout(model)
-    use_attention(base, config)
+    _use_attention(base, config)
     if config.model.liger:
         _use_liger(base)
     return model

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from raysft.config.scaling import slice_tokens
 from raysft.data.types import IGNORE_INDEX
 from raysft.errors import RunFailed
-from raysft.models.sequence_attention import Slice
+from raysft.models.examples import Examples, Slice
 from raysft.train.job import COLLECTIVE_SECONDS, Batch
 
 
@@ -60,14 +60,14 @@ class SequenceGroup:
         """Return how many tokens a slice of so many has."""
         return slice_tokens(tokens, self.size)
 
-    def cut(self, part: Batch) -> tuple[Batch, Slice | None]:
+    def cut(self, part: Batch) -> tuple[Batch, Examples]:
         """Cut this worker's slice out of a microbatch whose labels are targets already (``step_rows.with_targets``).
 
         Returns:
-            Arrays of [1, tokens], and what attention must know of the other slices; in a group of one what was given, and None.
+            Arrays of [1, tokens], and where the examples of all slices lie; in a group of one what was given, and its examples.
         """
         if self.size == 1:
-            return part, None
+            return part, Examples.of_rows(part["position_ids"])
         positions = part["position_ids"].reshape(-1)
         width = self.slice_tokens(len(positions))
         missing = width * self.size - len(positions)
@@ -85,7 +85,7 @@ class SequenceGroup:
             for name, values in part.items()
             if values.ndim == 2
         }
-        return cut, Slice(self.processes, self.size, tuple(lengths), start, stop)
+        return cut, Examples.of_part(lengths, Slice(self.processes, self.size, start, stop))
 
     def cut_one(self, values: np.ndarray, empty: int) -> np.ndarray:
         """Cut this worker's slice out of values of all tokens, one row after the other; what is missing at the end is ``empty``."""

@@ -32,7 +32,7 @@ from raysft.train.phases import Phases
 from raysft.train.pixels import ImageInputs, Pixels, beside
 from raysft.train.sequence_group import ALONE, SequenceGroup
 from raysft.train.step_rows import cut, with_targets
-from raysft.train.uploads import examples, examples_of_lengths, predicting, uploaded
+from raysft.train.uploads import predicting, uploaded
 
 TENSORS = {
     "input_ids": torch.long,
@@ -295,13 +295,9 @@ def microbatches(
 ) -> Iterable[dict[str, Any]]:
     """Cut rows into microbatches, and this worker's slice out of each: arguments of ``TokenLoss``."""
     for part in cut(batch, rows):
-        own, of_rows = group.cut(with_targets(part))
+        own, examples = group.cut(with_targets(part))
         inputs: dict[str, Any] = {
             name: torch.as_tensor(own[name], dtype=dtype) for name, dtype in TENSORS.items() if name in own
         }
-        inputs["predicting"] = predicting(own["targets"])
-        if of_rows is None:
-            inputs["examples"] = examples(own["position_ids"])
-        else:
-            inputs |= {"examples": examples_of_lengths(of_rows.lengths), "part": of_rows}
+        inputs |= {"predicting": predicting(own["targets"]), "examples": examples}
         yield uploaded(inputs if pixels is None else inputs | pixels.take(), device)

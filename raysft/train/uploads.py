@@ -7,15 +7,15 @@ numbers are found here, before the rows are copied.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
 
 from raysft.data.types import IGNORE_INDEX
+from raysft.models.examples import Examples
 
 
 def uploaded(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -41,6 +41,8 @@ def uploaded(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
 def _mapped(function: Callable[[torch.Tensor], torch.Tensor], values: Any) -> Any:
     if isinstance(values, dict):
         return {name: _mapped(function, value) for name, value in values.items()}
+    if isinstance(values, Examples):
+        return values.with_tensors(function)
     return function(values) if isinstance(values, torch.Tensor) else values
 
 
@@ -64,32 +66,3 @@ def predicting(targets: np.ndarray) -> torch.Tensor:
     """
     places = np.flatnonzero(targets != IGNORE_INDEX)
     return torch.as_tensor(places if len(places) else np.zeros(1, dtype=np.int64))
-
-
-def examples(positions: np.ndarray) -> dict[str, Any]:
-    """Return where examples begin in all rows, one after the other.
-
-    >>> found = examples(np.array([[0, 1, 2, 0], [0, 1, 0, 1]]))
-    >>> found["bounds"].tolist(), found["longest"], found["several"]
-    ([0, 3, 4, 6, 8], 3, True)
-
-    Args:
-        positions: [rows, tokens], starting at 0 in each example, and where padding begins.
-
-    Returns:
-        ``bounds`` [examples + 1] int32, ``longest``, the most tokens of one, and ``several``, True if a row has more than one.
-    """
-    begins = positions == 0
-    begins[:, 0] = True
-    bounds = np.append(np.flatnonzero(begins), positions.size)
-    return {
-        "bounds": torch.as_tensor(bounds, dtype=torch.int32),
-        "longest": int(np.diff(bounds).max()),
-        "several": bool(begins[:, 1:].any()),
-    }
-
-
-def examples_of_lengths(lengths: Sequence[int]) -> dict[str, Any]:
-    """Return what ``examples`` does, for examples of some lengths that are one row."""
-    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-    return {"bounds": bounds, "longest": max(lengths), "several": len(lengths) > 1}

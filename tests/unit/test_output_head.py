@@ -19,7 +19,8 @@ from transformers import (
 
 from raysft.data.types import IGNORE_INDEX
 from raysft.errors import RunFailed
-from raysft.train.loss import TokenLoss, difference_of
+from raysft.train.check_states import check_causal, check_head, check_rows, difference_of
+from raysft.train.loss import TokenLoss
 from tests.tiny_vision import GRIDS, TEXT, TOWER
 
 CPU = torch.device("cpu")
@@ -61,7 +62,7 @@ def test_logits_are_scaled_where_the_class_scales_them(make, plain):
     torch.manual_seed(0)
     model = make().eval()
     loss = TokenLoss(model)
-    loss.check_head(CPU)
+    check_head(loss, CPU)
     ids = torch.randint(1, 60, (1, 20))
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits[0]
@@ -76,7 +77,7 @@ def test_logits_that_are_changed_in_another_way_are_refused():
     model = of_text(Cohere2Config(**SIZES, logit_scale=0.25, sliding_window=512)).eval()
     model.logit_scale = 0.5
     with pytest.raises(RunFailed, match="Cohere2ForCausalLM changes its logits after the output head"):
-        TokenLoss(model).check_head(CPU)
+        check_head(TokenLoss(model), CPU)
 
 
 @pytest.mark.parametrize(
@@ -115,9 +116,9 @@ def test_a_model_that_computes_nan_is_refused(token, refusal):
     loss = TokenLoss(model)
 
     def check() -> None:
-        loss.check_head(CPU)
-        loss.check_causal(CPU)
-        loss.check_rows(CPU, 2, "set data.packing=false")
+        check_head(loss, CPU)
+        check_causal(loss, CPU)
+        check_rows(loss, CPU, 2, "set data.packing=false")
 
     with pytest.raises(RunFailed, match=f"GraniteForCausalLM {refusal}") as error:
         check()

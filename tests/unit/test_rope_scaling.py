@@ -16,8 +16,8 @@ from raysft.config import Config, parse, with_overrides
 from raysft.config.llamafactory.conversion import convert
 from raysft.generate.engines.batching import obstacle
 from raysft.generate.engines.static import TransformersEngine
+from raysft.models.examples import Examples, Slice, begin
 from raysft.models.rope_scaling import positions_of, scaled_config
-from raysft.models.sequence_attention import Slice, begin
 from raysft.run.inputs import check_model_files, find_other_model
 from raysft.run.warnings import beyond_positions, warnings
 from raysft.train.export import save
@@ -173,7 +173,7 @@ def test_dynamic_positions_of_a_slice_are_those_of_whole_examples(tmp_path, base
     try:
         for start in range(0, 256, 64):
             own = slice(start, start + 64)
-            begin(Slice(None, 4, lengths, own.start, own.stop))
+            begin(Examples.of_part(lengths, Slice(None, 4, own.start, own.stop)))
             for part, of_row in zip(rotary(states[:, own], positions[:, own]), whole, strict=True):
                 assert torch.equal(part, of_row[:, own])
     finally:

@@ -29,19 +29,20 @@ def batch() -> dict[str, np.ndarray]:
 def test_slices_are_the_rows(size):
     whole, cpu = with_targets(batch()), torch.device("cpu")
     made = [next(iter(microbatches(batch(), 3, cpu, group=SequenceGroup(size, place)))) for place in range(size)]
-    parts = [each.pop("part") for each in made]
+    examples = [each.pop("examples") for each in made]
+    parts = [each.part for each in examples]
     (width,) = {each["input_ids"].shape[1] for each in made}
     assert width % 8 == 0
     assert [(part.start, part.stop) for part in parts] == [(n * width, (n + 1) * width) for n in range(size)]
     missing = size * width - 66
-    (lengths,) = {part.lengths for part in parts}
+    (lengths,) = {each.lengths for each in examples}
     assert lengths == (9, 8, 5, 22, 22, *([missing] if missing else []))
     for name in ("input_ids", "position_ids", "targets", "weights", "sources"):
         joined = np.concatenate([each[name].numpy()[0] for each in made])
         assert np.array_equal(joined[:66], whole[name].reshape(-1)), name
     ends = np.concatenate([each["targets"].numpy()[0] for each in made])[66:]
     assert (ends == IGNORE_INDEX).all()
-    found = torch.cat([part.lengths_of_tokens(cpu)[0] for part in parts])[:66]
+    found = torch.cat([each.lengths_of_tokens[0] for each in examples])[:66]
     assert torch.equal(found, lengths_of_tokens(torch.as_tensor(whole["position_ids"])).reshape(-1))
 
 

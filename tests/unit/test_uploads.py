@@ -15,15 +15,17 @@ from transformers import LlamaConfig, LlamaForCausalLM, modeling_flash_attention
 from raysft.config import parse
 from raysft.data.types import IGNORE_INDEX
 from raysft.models import sequence_attention
-from raysft.models.sequence_attention import Slice, use_sequence
+from raysft.models.examples import Examples, Slice, begin
+from raysft.models.sequence_attention import use_sequence
 from raysft.models.transformers_internals import known_examples
 from raysft.train.loss import TokenLoss
 from raysft.train.step import microbatches
-from raysft.train.uploads import examples, examples_of_lengths, predicting, uploaded
+from raysft.train.uploads import predicting, uploaded
 
 ASKS = {"_local_scalar_dense", "nonzero", "bincount", "masked_select", "equal", "is_nonzero", "unique_dim", "_unique2"}
 """Operators whose result, or its size, depends on numbers that a GPU must have computed first."""
 CPU = torch.device("cpu")
+NEEDED = {"model": {"path": "m"}, "data": {"train": [{"name": "a", "path": "a"}]}}
 
 
 class Questions(TorchDispatchMode):
@@ -91,6 +93,23 @@ def test_the_loss_asks_a_gpu_for_nothing(noise):
             assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_neither_layers_that_are_recomputed_nor_noise_on_slices_ask_it(monkeypatch, shared):
+    (inputs,) = microbatches(rows(), 2, CPU)
+    plain = model()
+    plain.gradient_checkpointing_enable({"use_reentrant": False})
+    if shared:
+        use_sequence(plain, parse({**NEEDED, "scaling": {"sequence_parallel": 2, "num_workers": 2}}))
+        monkeypatch.setattr(sequence_attention, "_exchanged", lambda parts, processes: parts)
+        flat = {name: value.reshape(1, -1) for name, value in inputs.items() if getattr(value, "ndim", 0) == 2}
+        inputs |= flat | {"examples": Examples.of_part(inputs["examples"].lengths, Slice(None, 1, 0, 32))}
+    try:
+        asked, _ = asked_for(TokenLoss(plain, neftune_alpha=5.0).train(), inputs)
+    finally:
+        begin(None)
+    assert not asked
+
+
 @pytest.mark.parametrize("version", [2, 3])
 def test_flash_attention_is_told_where_examples_begin(monkeypatch, version):
     """Through transformers' own code, on kernels in place of those that need a GPU."""
@@ -103,8 +122,8 @@ def test_flash_attention_is_told_where_examples_begin(monkeypatch, version):
         assert max_seqlen_q == max_seqlen_k
         calls.append((bounds, int(max_seqlen_q)))
         outputs = []
-        for begin, end in pairwise(bounds):
-            query, key, value = (each[begin:end].transpose(0, 1) for each in (q, k, v))
+        for first, end in pairwise(bounds):
+            query, key, value = (each[first:end].transpose(0, 1) for each in (q, k, v))
             key, value = (each.repeat_interleave(query.shape[0] // each.shape[0], 0) for each in (key, value))
             scores = query @ key.transpose(1, 2) * softmax_scale
             hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
@@ -133,8 +152,7 @@ def test_flash_attention_is_told_where_examples_begin(monkeypatch, version):
         torch.testing.assert_close(one, other)
         torch.testing.assert_close(one, derived_one)
     sharing, calls[:] = model(f"flash_attention_{version}"), []
-    shared = {"scaling": {"use_gpu": True, "sequence_parallel": 2, "num_workers": 2}}
-    use_sequence(sharing, parse({"model": {"path": "m"}, "data": {"train": [{"name": "a", "path": "a"}]}, **shared}))
+    use_sequence(sharing, parse({**NEEDED, "scaling": {"use_gpu": True, "sequence_parallel": 2, "num_workers": 2}}))
     with torch.no_grad():
         exchanging = TokenLoss(sharing)(
             **{name: value for name, value in inputs.items() if name != "examples"}, number_of_sources=2
@@ -145,11 +163,11 @@ def test_flash_attention_is_told_where_examples_begin(monkeypatch, version):
     monkeypatch.setattr(sequence_attention, "_exchanged", lambda parts, processes: parts)
     lengths, calls[:] = (5, 7, 4, 9, 7), []
     sliced = {name: value.reshape(1, -1) for name, value in inputs.items() if getattr(value, "ndim", 0) == 2}
-    sliced |= {"part": Slice(None, 1, lengths, 0, 32), "examples": examples_of_lengths(lengths)}
+    sliced["examples"] = Examples.of_part(lengths, Slice(None, 1, 0, 32))
     try:
         asked, found = asked_for(TokenLoss(sharing), sliced | {"predicting": inputs["predicting"]})
     finally:
-        sequence_attention.begin(None)
+        begin(None)
     assert not asked
     assert calls == derived
     for one, other in zip(found, expected, strict=True):
@@ -169,7 +187,7 @@ def test_transformers_is_told_what_it_would_find_out(positions):
 
     places, before = np.array(positions), masking_utils.find_packed_sequence_indices
     expected = before(torch.as_tensor(places))
-    with known_examples(examples(places)["several"]):
+    with known_examples(Examples.of_rows(places).several):
         found = masking_utils.find_packed_sequence_indices(torch.as_tensor(places))
     assert masking_utils.find_packed_sequence_indices is before
     assert found is expected is None or torch.equal(found, expected)
@@ -181,7 +199,7 @@ def test_rows_without_a_loss_predict_the_first_token():
 
 
 def test_a_row_begins_an_example_whatever_its_positions_are():
-    assert examples(np.array([[3, 4, 5], [0, 1, 2]]))["bounds"].tolist() == [0, 3, 6]
+    assert Examples.of_rows(np.array([[3, 4, 5], [0, 1, 2]])).bounds.tolist() == [0, 3, 6]
 
 
 def test_inputs_without_tensors_stay():
