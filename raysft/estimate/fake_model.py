@@ -10,7 +10,7 @@ from torch import nn
 
 from raysft.config import Config
 from raysft.estimate.sizes import ModelSizes, weights_of
-from raysft.estimate.traced_experts import TracedExperts, bytes_in_kernel
+from raysft.estimate.traced_experts import TracedExperts, bytes_in_kernel, elements_of_adapters
 from raysft.models.attention import FLASH, kernel, without_adapters
 from raysft.models.decoder_layers import decoder_layers
 from raysft.models.kt_experts import elements_of_experts, move_experts, recomputes_all
@@ -108,6 +108,7 @@ def sizes_of(model: Any) -> ModelSizes:
         head=head_weight.numel() if head_weight is not None and trained_head else 0,
         experts=experts,
         experts_of_layer=experts_of_layer,
+        adapters_in_kernel=elements_of_adapters(base),
         bytes_in_kernel=bytes_in_kernel(base),
     )
 

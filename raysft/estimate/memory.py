@@ -23,6 +23,8 @@ PROCESS = 0.6 * GIB
 """A worker's process on a CPU: Python, torch, transformers, DeepSpeed, Ray."""
 EXPERT_WIDTH = 2
 """Bytes of a weight of the experts in KTransformers' kernel."""
+ADAPTER_WIDTH = 7.5
+"""Bytes of a weight of their adapters there, as measured: what the kernel is given, gradients, and its own copies."""
 PIXELS_AHEAD = 3
 """Microbatches whose pixels exist in the node's memory beside those of the current one: ``train.pixels.AHEAD``."""
 ROWS = ("weights", "gradients", "master weights", "moments", "activations", "logits", "buckets", "rest")
@@ -105,7 +107,7 @@ def memory(
     if setup.offload_activations:
         host += activations.inputs(rows)[0]
     # The kernel turns the weights of one layer at a time for its backward pass.
-    experts = float(EXPERT_WIDTH * (sizes.experts + sizes.experts_of_layer))
+    experts = EXPERT_WIDTH * (sizes.experts + sizes.experts_of_layer) + ADAPTER_WIDTH * sizes.adapters_in_kernel
     kernel = rows * activations.tokens * sizes.bytes_in_kernel
     if hardware.gpu:
         host += ahead + experts + kernel

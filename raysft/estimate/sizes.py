@@ -60,6 +60,8 @@ class ModelSizes:
     """Of the experts that compute in the kernel of ``model.experts: kt``, which ``total`` does not count."""
     experts_of_layer: int = 0
     """Of those of one layer."""
+    adapters_in_kernel: int = 0
+    """Of the adapters that it computes with, filled up to ranks that it has."""
     bytes_in_kernel: float = 0.0
     """Bytes that their kernel needs besides, for each token of a microbatch."""
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from raysft.models.kt_experts import Kept, LayerExperts
+from raysft.models.kt_experts import Kept, LayerExperts, rank_in_kernel
 from raysft.models.kt_factors import Given
 
 
@@ -26,6 +26,8 @@ class TracedExperts(LayerExperts):
         elements = sum(math.prod(weight.shape) for weight in (module.gate_up_proj, module.down_proj))
         super().__init__(None, adapters, Kept(), elements)
         self.recomputes = recomputes
+        experts, *sizes = module.down_proj.shape
+        self.elements_of_adapter = 3 * experts * rank_in_kernel(adapters) * sum(sizes)
         self.buffers, self.kept = (chosen * bytes_ for bytes_ in kernel_bytes(*module.down_proj.shape[1:]))
 
     def forward(
@@ -49,6 +51,12 @@ def kernel_bytes(hidden: int, inner: int) -> tuple[float, float]:
     [43776, 7117]
     """
     return 22.5 * hidden + 27.0 * inner, 2.3 * hidden + 6.2 * inner
+
+
+def elements_of_adapters(model: Any) -> int:
+    """Return how many weights of adapters the kernel has, of all layers; also without an adapter it has a small one."""
+    layers = [module.experts_of_layer for module in model.modules() if hasattr(module, "experts_of_layer")]
+    return sum(layer.elements_of_adapter for layer in layers)
 
 
 def bytes_in_kernel(model: Any) -> float:

@@ -105,11 +105,10 @@ def move_experts(model: Any, config: Config, taken_over: Callable[..., LayerExpe
 
 def _in_kernel(config: Config, chosen: int, module: Any, adapters: Sequence[Any]) -> LayerExperts:
     experts, hidden, inner = module.down_proj.shape
-    rank = max((rank for adapter in adapters for rank in adapter.r.values()), default=RANKS)
     tokens, recomputes = config.micro_batch_size * config.data.sequence_length, recomputes_all(config)
     kernel = Kernel(
         ExpertSizes(experts, chosen, hidden, inner),
-        -(-rank // RANKS) * RANKS,
+        rank_in_kernel(adapters),
         tokens,
         torch.get_num_threads(),
         numa_nodes(inner),
@@ -117,6 +116,12 @@ def _in_kernel(config: Config, chosen: int, module: Any, adapters: Sequence[Any]
     )
     kernel.load(module.gate_up_proj, module.down_proj)
     return LayerExperts(kernel, adapters, _SHARED if recomputes else Kept(), 3 * experts * hidden * inner)
+
+
+def rank_in_kernel(adapters: Sequence[Any]) -> int:
+    """Return the rank that the kernel computes adapters with, of which there may be none."""
+    rank = max((rank for adapter in adapters for rank in adapter.r.values()), default=RANKS)
+    return -(-rank // RANKS) * RANKS
 
 
 def recomputes_all(config: Config) -> bool:

@@ -16,7 +16,7 @@ from raysft.estimate import fake_attention
 from raysft.estimate.fake_model import model_without_weights, sizes_of
 from raysft.estimate.images_of_rows import ImagesOfRows
 from raysft.estimate.measure import Microbatch, measure, surely_small
-from raysft.estimate.memory import Hardware, memory
+from raysft.estimate.memory import ADAPTER_WIDTH, EXPERT_WIDTH, Hardware, memory
 from raysft.estimate.sizes import Activations
 from raysft.estimate.states import Setup
 from raysft.estimate.trace import forget_gradient, trace
@@ -290,10 +290,21 @@ def test_experts_in_the_kernel_need_the_memory_of_the_node_and_none_of_the_gpu(t
     assert (plain.total - sizes.total, sizes.experts, sizes.experts_of_layer) == (experts, experts, experts // 2)
     assert sizes.trained_elements == plain.trained_elements
     assert activations.traced
-    kernel, in_passes = 2 * (experts + experts // 2), 32 * sizes.bytes_in_kernel
+    assert sizes.adapters_in_kernel == 2 * 8 * 3 * 16 * (64 + 64), "gates and ups, which are one, have twice the rank"
+    kernel, in_passes = 2 * (experts + experts // 2) + 7.5 * sizes.adapters_in_kernel, 32 * sizes.bytes_in_kernel
     weights = before.parts["weights"] - after.parts["weights"]
     expected = (2 * experts, kernel + in_passes) if use_gpu else (2 * experts - kernel, 0)
     assert (weights, after.host - before.host) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("experts", "hidden", "inner", "rank", "grown"),
+    [(32, 1024, 768, 8, 156), (32, 1024, 768, 64, 213), (32, 1024, 768, 128, 280), (32, 512, 1536, 64, 256)],
+)
+def test_adapters_in_the_kernel_need_what_was_measured(experts, hidden, inner, rank, grown):
+    """MiB by which a process grew with another layer of kt-kernel 0.7.2 that computed 64 tokens."""
+    weights, adapters = 3 * experts * hidden * inner, 3 * experts * rank * (hidden + inner)
+    assert (EXPERT_WIDTH * weights + ADAPTER_WIDTH * adapters) / (1 << 20) == pytest.approx(grown, rel=0.1)
 
 
 @pytest.mark.parametrize(
