@@ -6,10 +6,12 @@ before it.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from raysft.models.examples import current
 
@@ -25,7 +27,8 @@ class _Examplewise:
     """The forward pass of a rotary embedding: once for examples that fit the model's own positions, and for each longer length."""
 
     def __init__(self, module: Any) -> None:
-        self._module, self._forward = module, type(module).forward
+        # What transformers wraps around it scales by the longest position, for which it waits.
+        self._module, self._forward = module, torch.no_grad()(inspect.unwrap(type(module).forward))
 
     def __call__(self, x: torch.Tensor, position_ids: torch.Tensor) -> Any:
         """Compute what rotates queries and keys.
@@ -34,28 +37,28 @@ class _Examplewise:
             x: hidden states, for their type and device.
             position_ids: [rows, tokens]; they count up from 0 in each example, or go on from an earlier call.
         """
-        examples = current()
-        elsewhere = examples is not None and examples.part is not None  # a part of the tokens
-        lengths = examples.lengths_of_tokens if examples and elsewhere else example_lengths(position_ids)
-        fitting = lengths <= self._module.original_max_seq_len
-        found = self._fresh(x, position_ids.where(fitting, 0))
-        for length in lengths[~fitting].unique().tolist():
-            chosen = lengths == length
-            found = _where(chosen, self._fresh(x, position_ids.where(chosen, 0), length), found)
+        examples, own = current(), self._module.original_max_seq_len
+        if examples is not None and examples.lengths_of_tokens.numel() == position_ids.numel():
+            lengths, known = examples.lengths_of_tokens.reshape(position_ids.shape), sorted(set(examples.lengths))
+        else:
+            lengths = example_lengths(position_ids)
+            known = lengths.unique().tolist()  # for which a GPU must be asked
+        found = self._scaled(x, position_ids.where(lengths <= own, 0), own)
+        for length in known:
+            if length > own:
+                chosen = lengths == length
+                found = _where(chosen, self._scaled(x, position_ids.where(chosen, 0), length), found)
         return found
 
-    def _fresh(self, x: torch.Tensor, position_ids: torch.Tensor, length: int = 1) -> Any:
-        """Call the forward pass as if it were the first one, for an example of so many tokens, of which some may be elsewhere."""
+    def _scaled(self, x: torch.Tensor, position_ids: torch.Tensor, length: int) -> Any:
+        """Call the forward pass as for an example of so many tokens, of which some may be elsewhere."""
         module = self._module
-        module.max_seq_len_cached = module.original_max_seq_len
-        module.inv_freq = module.original_inv_freq.to(x.device)
-        last = position_ids.new_full((*position_ids.shape[:-1], 1), length - 1)
-        return _without_last(self._forward(module, x, torch.cat([position_ids, last], -1)))
-
-
-def _without_last(found: Any) -> Any:
-    """Leave the last token out of [rows, tokens, size], or of several of these."""
-    return tuple(map(_without_last, found)) if isinstance(found, tuple) else found[..., :-1, :]
+        if length > module.original_max_seq_len:
+            # As a tensor, so that it is rounded as transformers' own; it needs no device.
+            module.inv_freq, _ = ROPE_INIT_FUNCTIONS["dynamic"](module.config, x.device, seq_len=torch.tensor(length))
+        else:
+            module.inv_freq = module.original_inv_freq.to(x.device)
+        return self._forward(module, x, position_ids)
 
 
 def _where(chosen: torch.Tensor, found: Any, otherwise: Any) -> Any:

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, modeling_flash_attention
 from raysft.config import parse
 from raysft.data.types import IGNORE_INDEX
 from raysft.models import sequence_attention
+from raysft.models.dynamic_rope import scale_each_example
 from raysft.models.examples import Examples, Slice, begin
 from raysft.models.sequence_attention import use_sequence
 from raysft.models.transformers_internals import known_examples
@@ -108,6 +109,25 @@ def test_neither_layers_that_are_recomputed_nor_noise_on_slices_ask_it(monkeypat
     finally:
         begin(None)
     assert not asked
+
+
+def test_dynamic_positions_ask_a_gpu_for_nothing():
+    """Examples of 4 to 9 tokens, of which all but one are longer than the model's own positions."""
+    (inputs,) = microbatches(rows(), 2, CPU)
+    made = model()
+    made.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    made.config.max_position_embeddings = 4
+    made = LlamaForCausalLM(made.config).eval()
+    scale_each_example(made)
+    try:
+        asked, found = asked_for(TokenLoss(made), inputs)
+        assert not asked
+        told = {name: value for name, value in inputs.items() if name != "examples"}
+        found_out, (derived, *_) = asked_for(TokenLoss(made), told)
+    finally:
+        begin(None)
+    assert "_unique2" in found_out
+    assert torch.equal(found[0], derived)
 
 
 @pytest.mark.parametrize("version", [2, 3])
