@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from tests.benchmarks.gpu import TINY, Losses, main
+from tests.benchmarks.gpu import TINY, Losses, Speed, main
 
 
 def test_it_measures_a_way_of_training_and_compares_its_losses(tmp_path, capsys):
@@ -45,3 +45,33 @@ def test_losses_that_rounding_does_not_explain_are_wrong():
     assert not Losses("plain", "bfloat16", 0.03).right
     assert not Losses("plain", "float32", math.nan).right
     assert not Losses("plain", "bfloat16", 0.0, "failed").right
+
+
+@pytest.mark.parametrize(
+    ("speed", "fault"),
+    [
+        (Speed("plain", mfu=0.5, peak=100, estimated=100, loss=5.0), None),
+        (Speed("flash 3", note="needs the package of flash_attn_interface, which is not installed"), None),
+        (Speed("plain", note="failed; its error is above", failed=True), "failed"),
+        (Speed("plain", mfu=1.2, peak=100, estimated=100, loss=5.0), "MFU of 120.0%"),
+        (Speed("plain", mfu=0.5, peak=100, estimated=70, loss=5.0), "memory of 0.70 times"),
+        (Speed("compiled", loss=5.2), "loss of 5.2000"),
+        (Speed("fp8", loss=math.nan), "loss of nan"),
+    ],
+)
+def test_what_cannot_be_right_is_said(speed, fault):
+    found = speed.faults(5.0)
+    assert ([fault in each for each in found] == [True]) if fault else not found
+
+
+def test_without_a_gpu_it_says_so_at_once(monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        main([])
+    assert "torch finds no GPU" in capsys.readouterr().err
+
+
+def test_what_there_is_no_time_for_is_not_taken_for_right(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("tests.benchmarks.gpu.MINUTES", -1.0)
+    assert main(["--on-cpu", "--ways", "plain"]) == 1
+    assert "WRONG: no time left" in capsys.readouterr().out
