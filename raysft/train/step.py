@@ -105,12 +105,10 @@ def train_step(
         group: the workers that have the same rows.
     """
     phases = phases or Phases()
-    accumulation = engine.gradient_accumulation_steps()
     # DeepSpeed averages over microbatches and workers; undo that, and divide by the step's weight instead.
-    scale = accumulation * dist.get_world_size() / weight
+    averaged = engine.gradient_accumulation_steps() * dist.get_world_size()
     totals = torch.zeros(6 + sources, device=engine.device)
     router_loss = engine.module.router_loss
-    of_routers = accumulation * dist.get_world_size() / tokens
     norm, forward, started = None, DeviceTimer(engine.device), time.perf_counter()
     rows = engine.train_micro_batch_size_per_gpu()
     given = microbatches(batch, rows, engine.device, pixels, group)
@@ -121,32 +119,57 @@ def train_step(
         balance = router_loss(part, group) if router_loss else loss.new_zeros(())
         phases.enter("backward")
         # `loss * 0 + 1` is 1 for a finite loss and NaN otherwise; it makes the gradient NaN, so that the step is skipped.
-        whole = loss * scale * (loss.detach() * 0 + 1)
-        engine.backward(whole + router_loss.coefficient * of_routers * balance if router_loss else whole)
-        if engine.is_gradient_accumulation_boundary() and not keeps_gradient_norm(engine):
-            # Of a plain optimizer, whose gradients are whole on each worker.
-            norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+        whole = loss * (averaged / weight) * (loss.detach() * 0 + 1)
+        engine.backward(whole + router_loss.coefficient * averaged / tokens * balance if router_loss else whole)
         phases.enter("step")
-        with _without_update(engine) if norm is not None and not torch.isfinite(norm) else nullcontext():
-            engine.step()
+        norm = _stepped(engine)
         # Workers that share rows all have the balance of whole rows.
         balanced = balance.detach()[None] / group.size
         totals += torch.cat([totals.new_zeros(4), loss.detach()[None], by_source, balanced])
     totals[:4] = totals.new_tensor(asks())
-    waited = pixels.waited() if pixels else 0.0
-    waits = torch.zeros(dist.get_world_size() if pixels else 0, 2, device=engine.device)
-    if pixels:
-        waits[dist.get_rank()] = waits.new_tensor([waited, time.perf_counter() - started - waited])
-    shared = torch.cat([totals, waits.flatten()])
-    dist.all_reduce(shared)
-    held = _held_seconds(shared[len(totals) :].view(-1, 2).tolist(), time.perf_counter() - started) if pixels else 0.0
-    noticed, late, over, lacks, total, *by_source, balanced = shared[: len(totals)].double().tolist()
+    (noticed, late, over, lacks, total, *by_source, balanced), waited, held = _summed(totals, pixels, started)
     norm = float(norm if norm is not None else engine.get_global_grad_norm())
     applied = math.isfinite(norm) and engine.was_step_applied()
     heard = (noticed > 0, late > 0, over > 0, lacks > 0)
     times = (forward.seconds(), waited, held)
     balanced = balanced / tokens if router_loss else None
     return StepResult(total / weight, norm, np.asarray(by_source), applied, *heard, *times, balanced)
+
+
+def _stepped(engine: Any) -> torch.Tensor | None:
+    """Make the engine's step after a microbatch, without an update if the gradient is not finite.
+
+    Returns:
+        The norm of the step's gradient, of a plain optimizer, whose gradients are whole on each worker; others keep it themselves.
+    """
+    norm = None
+    if engine.is_gradient_accumulation_boundary() and not keeps_gradient_norm(engine):
+        norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+    with _without_update(engine) if norm is not None and not torch.isfinite(norm) else nullcontext():
+        engine.step()
+    return norm
+
+
+def _summed(totals: torch.Tensor, pixels: Pixels | None, started: float) -> tuple[list[float], float, float]:
+    """Add numbers up over all workers.
+
+    Args:
+        totals: this worker's numbers.
+        pixels: of the step's images.
+        started: when the step started, by ``time.perf_counter``.
+
+    Returns:
+        The sums; how long this worker has waited for pixels; and how long the waits of any worker have held it up.
+    """
+    if pixels is None:
+        dist.all_reduce(totals)
+        return totals.double().tolist(), 0.0, 0.0
+    waited, waits = pixels.waited(), totals.new_zeros(dist.get_world_size(), 2)
+    waits[dist.get_rank()] = waits.new_tensor([waited, time.perf_counter() - started - waited])
+    shared = torch.cat([totals, waits.flatten()])
+    dist.all_reduce(shared)
+    held = _held_seconds(shared[len(totals) :].view(-1, 2).tolist(), time.perf_counter() - started)
+    return shared[: len(totals)].double().tolist(), waited, held
 
 
 def _held_seconds(workers: Sequence[Sequence[float]], seconds: float) -> float:
