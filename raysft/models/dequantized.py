@@ -22,7 +22,7 @@ from raysft.errors import RequestError
 from raysft.models.adapter_files import adapter_base, named_base, read_adapter_config
 from raysft.models.fingerprint import model_fingerprint
 from raysft.models.model_files import copy_files, model_files
-from raysft.models.quantization import method_of
+from raysft.models.quantization import STORED, method_of
 from raysft.models.remote_code import check_code, code_name
 from raysft.models.weight_files import safetensors_files
 from raysft.models.weight_types import (
@@ -42,7 +42,6 @@ from raysft.storage.path import StoragePath
 if TYPE_CHECKING:
     import torch
 
-METHODS = ("fp8", "mxfp4")
 FP8 = ("F8_E4M3", "F8_E5M2")
 """Data types of 8-bit weights by their names in safetensors."""
 SCALES = ("_scale_inv", "_scale")
@@ -119,10 +118,10 @@ def exact_copy(cache: StoragePath, model: str, notify: Callable[[str], None], wi
 
 
 def _stored_in(folder: str) -> str | None:
-    """Return how the weights of a model, or of an adapter's base, are stored, if it is one of ``METHODS``."""
+    """Return how the weights of a model, or of an adapter's base, are stored, if it is one of ``STORED``."""
     base = adapter_base(Path(folder)) if (Path(folder) / "adapter_config.json").exists() else None
     method = method_of(description_of(base or Path(folder)))
-    return method if method in METHODS else None
+    return method if method in STORED else None
 
 
 def _exact_base(cache: StoragePath, adapter: Path, notify: Callable[[str], None], with_code: bool) -> str:

@@ -26,6 +26,8 @@ QUANTIZERS = {
     "vptq": ("vptq",),
 }
 """Method → the modules that transformers needs to load checkpoints quantized by it."""
+STORED = ("fp8", "mxfp4")
+"""Methods of checkpoints that are dequantized to be computed with (``dequantized``)."""
 EXACT = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Data types of weights that are not quantized."""
 
@@ -128,6 +130,11 @@ def check_method(model: str, method: str, config: Config) -> None:
         raise RequestError(
             f"{model}: is quantized by {method}, which this version of transformers does not know; use the model that it was made "
             "from, with model.quantization"
+        )
+    if method == "fp8" and not (config.model.dequantize or config.scaling.use_gpu):
+        raise RequestError(
+            f"{model}: is stored in FP8, which CPUs have no kernels for (scaling.use_gpu=false), but "
+            "model.dequantize=false; remove the key"
         )
     packages = [name.replace("_", "-").replace(".", "-") for name in QUANTIZERS.get(method, ()) if not _installed(name)]
     if packages:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,7 +20,7 @@ from raysft.models.adapters import load_adapter, load_with_base
 from raysft.models.attention import check_kernel, kernel, use_examplewise, without_adapters
 from raysft.models.kt_experts import recomputation_contexts
 from raysft.models.loading import load_weights
-from raysft.models.lora_targets import linear_layers, modules_in, targeted, targeted_routers
+from raysft.models.lora_targets import EXPERTS, linear_layers, modules_in, targeted, targeted_routers
 from raysft.models.model_class import loaded_config, sees_images
 from raysft.models.model_parts import part_of
 from raysft.models.new_tokens import vocabulary_modules
@@ -139,9 +140,14 @@ def check_names(model: nn.Module, config: Config) -> None:
                 raise RequestError(
                     f"model.{config.model.finetuning}.{key} names {name!r}, but the model has no such module"
                     + (f" in {as_yaml(config.model.train_parts)} (model.train_parts); " if sees_images(model) else "; ")
-                    + ("use names of its modules, or all" if key == "target" else "remove it")
+                    + (f"use names of its modules{_experts(modules)}, or all" if key == "target" else "remove it")
                 )
     _check_adapter(model, config, section)
+
+
+def _experts(modules: Collection[str]) -> str:
+    """What to name in place of single experts, and of their matrices, which are no modules of most models."""
+    return " (experts for those of all experts)" if any(name.endswith(f".{EXPERTS}") for name in modules) else ""
 
 
 def _check_vocabulary(model: Any, config: Config, section: Any) -> None:

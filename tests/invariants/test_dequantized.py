@@ -24,6 +24,7 @@ from raysft.models.merging import merge
 from raysft.run.inputs import check_model_files, find_other_model
 from raysft.storage.path import StoragePath
 from raysft.train.finetuning import load_frozen, load_trained
+from tests.messages import holds, refusal
 from tests.quantized import to_fp8, to_mxfp4
 from tests.shards import the_set, written
 from tests.tiny import FAMILIES, tiny_mixture
@@ -232,6 +233,14 @@ def test_a_copy_has_what_is_trained_in_the_type_of_the_language_model(tmp_path):
 def test_weights_that_stay_quantized_cannot_be_trained_in_full(quantized):
     with pytest.raises(RequestError, match=r"is quantized \(.*set model.finetuning to lora or oft"):
         check_model_files(with_overrides(config(quantized, finetuning="full"), {"model.dequantize": False}), print)
+    method, folder, _ = quantized
+    if method == "mxfp4":  # which transformers dequantizes itself on a CPU
+        return
+    as_it_is = with_overrides(config(quantized, finetuning="lora"), {"model.dequantize": False})
+    expected = "quantized: is stored in FP8, which CPUs have no kernels for … model.dequantize=false; remove"
+    assert holds(refusal(check_model_files, as_it_is, print), f"model.path= … {expected}")
+    given = str(folder / "quantized")
+    assert holds(refusal(find_other_model, as_it_is, given, "evaluate.model", print), f"evaluate.model= … {expected}")
 
 
 def test_numbers_are_read_as_transformers_reads_them(tmp_path):

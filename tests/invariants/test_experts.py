@@ -238,6 +238,13 @@ def test_dropout_of_adapters_on_parameters_is_refused_by_their_names(rows, famil
     assert holds(said, f"model.lora.dropout=0.1 … {told}; remove it … model.lora.target")
 
 
+def test_single_experts_are_named_as_experts(rows):
+    for target in ("w1", "mlp.experts.0.gate_proj"):
+        config = make_config(rows[0], rows[0] / "mixtral", {"model.lora.target": [target]}, finetuning="lora")
+        said = refusal(check_model, config, str(rows[0] / "mixtral"))
+        assert holds(said, f"model.lora.target names '{target}' … no such module; … (experts for those of all experts)")
+
+
 class OfOneKind(PackedDataset):
     """The first worker's rows hold even tokens only, the last worker's odd ones."""
 
