@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -46,11 +47,13 @@ def use_fp8(model: nn.Module, device: torch.device) -> None:
         convert_to_float8_training,
     )
 
+    # Gradients of weights are sums over tokens, of which GPUs only take multiples of 16, and a microbatch has multiples of 8.
+    settings = replace(Float8LinearConfig.from_recipe_name("rowwise"), pad_inner_dim=True)
     head = without_adapters(model).get_output_embeddings()
     apart = set(head.modules()) if isinstance(head, nn.Module) else set()
     convert_to_float8_training(
         model,
-        config=Float8LinearConfig.from_recipe_name("rowwise"),
+        config=settings,
         module_filter_fn=lambda module, name: module not in apart and is_convertible(module),
     )
     if not any("Float8" in type(module).__name__ for module in model.modules()):

@@ -147,6 +147,7 @@ PACKAGES = {
     "4bit": "bitsandbytes",
     "8bit": "bitsandbytes",
     "compiled": "triton",
+    "fp8, one row at a time": "torchao",
     "fp8, compiled": "torchao",
     "flash attention 2": "flash_attn",
     "flash attention 3": "flash_attn_interface",
@@ -155,6 +156,7 @@ PACKAGES = {
 SETTINGS: dict[str, dict[str, Any]] = {
     "liger": {"model.liger": True},
     "fp8": {"train.fp8": "torchao"},
+    "fp8, one row at a time": {"train.fp8": "torchao", "train.micro_batch_size": 1},
     "4bit": {"model.quantization": "4bit"},
     "8bit": {"model.quantization": "8bit"},
     "compiled": {"train.compile": True},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -279,3 +280,24 @@ def test_no_warning_of_how_peft_calls_transformers_reaches_the_user(tmp_path, mo
     load_model(config(tmp_path, model, finetuning="lora"), str(model))
     load_adapter(plain(model), Path(adapters[0]))
     assert not [each for each in recwarn if "is_gradient_checkpointing" in str(each.message)]
+
+
+def test_products_in_fp8_have_sides_that_gpus_take_whatever_the_number_of_tokens(tmp_path, monkeypatch):
+    pytest.importorskip("torchao")
+    from transformers import AutoModelForCausalLM
+
+    from raysft.train import fp8
+
+    products, multiply = [], torch._scaled_mm
+
+    def multiplied(one: torch.Tensor, other: torch.Tensor, **options: Any) -> torch.Tensor:
+        products.append((one.shape[1], *other.shape))
+        return multiply(one, other, **options)
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(tmp_path), dtype=torch.bfloat16)
+    monkeypatch.setattr(fp8, "check_fp8", lambda device: None)
+    monkeypatch.setattr(torch, "_scaled_mm", multiplied)
+    fp8.use_fp8(model, torch.device("cpu"))
+    model(input_ids=torch.arange(24)[None]).logits.sum().backward()
+    assert len(products) >= 3 * 2 * 7, "of each linear layer its output, and gradients of input and weight"
+    assert not [sides for sides in products if any(side % 16 for side in sides)]
