@@ -87,6 +87,10 @@ def make_engine(
         model=model, optimizer=optimizer, lr_scheduler=lr_scheduler, config=settings, dist_init_required=False
     )
     del partitioning
+    if (
+        config.train.zero_stage == 3 and not config.train.compile
+    ):  # whose layers' inputs have gradients (``gather_whole``)
+        _reach_inputs_of_whole(model)
     if config.train.router_aux_loss_coef:
         model.router_loss = RouterLoss(model.model, config.train.router_aux_loss_coef)
     engine.eval()
@@ -155,6 +159,27 @@ def gather_whole(model: TokenLoss, compiled: Sequence[torch.nn.Module] = ()) -> 
     if whole:
         # DeepSpeed waits for gradients of their inputs; without this, the first layer's input has none.
         without_adapters(model.model).enable_input_require_grads()
+
+
+def _reach_inputs_of_whole(model: TokenLoss) -> None:
+    """Let the inputs of modules that ZeRO-3 gathers whole have gradients, also where nothing before them is trained.
+
+    DeepSpeed takes a module's gradients and releases its weights when these are there; without them it does so too early. The
+    blocks of some mixtures it gathers whole without being asked.
+    """
+    for module in model.modules():
+        if deepspeed.utils.z3_leaf_module(module) and any(each.requires_grad for each in module.parameters()):
+            module.register_forward_pre_hook(_with_gradients)
+
+
+def _with_gradients(module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    states = [each for each in inputs if torch.is_tensor(each) and each.is_floating_point()]
+    if not torch.is_grad_enabled() or any(each.requires_grad for each in states):
+        return inputs
+    return tuple(
+        each.detach().requires_grad_() if torch.is_tensor(each) and each.is_floating_point() else each
+        for each in inputs
+    )
 
 
 def check_model(

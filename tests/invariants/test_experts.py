@@ -361,3 +361,10 @@ def test_workers_whose_tokens_go_to_different_experts_train_as_one_does(rows, ap
     assert not one.failure
     assert_same(one[:4], two[:4])
     np.testing.assert_allclose(balances(one), balances(two), rtol=1e-5)
+
+
+def test_experts_alone_are_trained_with_zero_3(rows):
+    """Nothing before the first of them has gradients, and DeepSpeed gathers their blocks whole without being asked."""
+    settings = {"model.freeze.modules": ["experts"], "train.router_aux_loss_coef": None}
+    one, parted = train_all([case(rows, "mixtral", settings, finetuning="freeze", zero_stage=each) for each in (0, 3)])
+    assert_same(one[:4], parted[:4])
