@@ -282,6 +282,11 @@ def test_of_documents_the_rows_count(tmp_path, base, tokens, mask, told):
     assert all(told in line and "1,024 positions" in line and "1024" in line for line in lines)
 
 
-def test_the_key_of_llamafactory_is_taken():
-    given = {"model_name_or_path": "m", "stage": "sft", "do_train": True, "dataset": "a", "output_dir": "o"}
-    assert convert({**given, "rope_scaling": "llama3"}).config["model"]["rope_scaling"] == "llama3"
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn", "llama3"])
+def test_the_key_of_llamafactory_gives_its_factor(base, kind):
+    """``cutoff_len`` divided by the positions of the model, rounded up."""
+    given = {"model_name_or_path": str(base), "stage": "sft", "do_train": True, "dataset": "a", "output_dir": "o"}
+    config = parse(convert({**given, "rope_scaling": kind, "cutoff_len": 250}).config)
+    assert config.model.rope_scaling == kind
+    found = scaled_config(config, AutoConfig.from_pretrained(base), print).rope_parameters
+    assert (found["rope_type"], found["factor"]) == (kind, 4.0)

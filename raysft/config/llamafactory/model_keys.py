@@ -26,7 +26,11 @@ MODEL: Keys = {
     "init_special_tokens": joined("model.new_tokens.noise", word("noise_init", "desc_init", "desc_init_w_noise"), "noise_init"),
     "model_revision": joined("model.revision", text, "main"),
     "low_cpu_mem_usage": harmless("models load without a second copy in memory"),
-    "rope_scaling": same("model.rope_scaling", word("linear", "dynamic", "yarn", "llama3")),
+    "rope_scaling": same(
+        "model.rope_scaling",
+        word("linear", "dynamic", "yarn", "llama3"),
+        note="the same factor; dynamic scales beyond the model's own positions, not only beyond the new ones",
+    ),
     "flash_attn": same("model.attention", choice(ATTENTION), "auto"),
     "shift_attn": only(False, "remove it: raysft has no shifted sparse attention", boolean),
     "mixture_of_depths": only(None, "remove it: raysft has no mixture of depths"),
