@@ -210,7 +210,7 @@ def timeless(results: Mapping[str, Any]) -> dict[str, Any]:
 def _trained(case: Case, rank: int, world: int, name: str, device: torch.device) -> Result:
     from safetensors.torch import load_file
 
-    from raysft.train import compilation, decisions, export, loop, loss, step, stragglers, waiting, watched_write
+    from raysft.train import compilation, decisions, evaluation, export, loop, loss, stragglers, waiting, watched_write
     from raysft.train.checkpoint import parts, state, triggers
     from raysft.train.checkpoint.cursor import Cursor
     from raysft.train.checkpoint.resume import ResumePoint
@@ -219,7 +219,7 @@ def _trained(case: Case, rank: int, world: int, name: str, device: torch.device)
     loss.CHUNK_TOKENS, compilation.BACKEND = case.chunk_tokens, case.compiler
     readings = itertools.count(1)
     triggers.monotonic = (lambda: 60 * case.clocks[rank] * next(readings)) if case.clocks else time.monotonic
-    step.LOOK_SECONDS = 0.0
+    evaluation.LOOK_SECONDS = 0.0
     stragglers.EVERY_STEPS = 2
 
     def save(engine: Any, cursor: Cursor, log: list[Any]) -> None:
@@ -284,9 +284,9 @@ def _trained(case: Case, rank: int, world: int, name: str, device: torch.device)
     if rank == 0 and not failure and (run.path / "model").exists():
         (file,) = (run.path / "model").glob("*model.safetensors")
         weights = {key: value.float().numpy() for key, value in load_file(file).items()}
-    evaluation = next((timeless(event.eval) for event in events if isinstance(event, TrainingEnded)), {})
+    last = next((timeless(event.eval) for event in events if isinstance(event, TrainingEnded)), {})
     losses, norms = [step.loss for step in steps], [step.grad_norm for step in steps]
-    return Result(losses, norms, weights, evaluation, events, run.path / "model", failure, asked_in)
+    return Result(losses, norms, weights, last, events, run.path / "model", failure, asked_in)
 
 
 class _Patient(ReadAhead[Any]):

@@ -11,12 +11,12 @@ from raysft.telemetry.events import StoppedEarly
 from raysft.train.averaging import averaged
 from raysft.train.checkpoint.cursor import Cursor
 from raysft.train.early_stopping import EarlyStopper, MetricMissing, known_best
+from raysft.train.evaluation import EvaluationStopped
 from raysft.train.evaluator import Evaluator
 from raysft.train.export import Exporter
 from raysft.train.first_evaluation import FirstEvaluation
 from raysft.train.generation import StepGenerations
 from raysft.train.intervals import Interval
-from raysft.train.step import EvaluationStopped
 from raysft.train.training import Training
 
 

@@ -10,12 +10,12 @@ import torch
 from raysft.telemetry.events import Emit, EvaluationDone
 from raysft.telemetry.results import evaluation_results
 from raysft.train.checkpoint.cursor import EVALUATION, Cursor
+from raysft.train.evaluation import evaluate
 from raysft.train.first_evaluation import FirstEvaluation
 from raysft.train.job import Batch, RowPlan, TrainJob
 from raysft.train.phases import Phases
 from raysft.train.pixels import ImageInputs
 from raysft.train.sequence_group import ALONE, SequenceGroup
-from raysft.train.step import evaluate
 from raysft.train.step_metrics import evaluation_record
 
 

@@ -24,13 +24,13 @@ from raysft.train.checkpoint.async_writer import AsyncWriter
 from raysft.train.checkpoint.resume import ResumePoint
 from raysft.train.dataset_config import RESUME, TRAIN
 from raysft.train.decisions import Outside, receiver
+from raysft.train.evaluation import evaluate
 from raysft.train.event_pump import emitter, permanent_failures
 from raysft.train.generation_line import MailboxLine, Place
 from raysft.train.phases import Phases
 from raysft.train.pixels import image_inputs
 from raysft.train.ray_train_internals import get_train_context
 from raysft.train.sequence_group import SequenceGroup
-from raysft.train.step import evaluate
 from raysft.train.step_metrics import worker_values
 from raysft.train.stragglers import place
 from raysft.train.watchdog import Watchdog

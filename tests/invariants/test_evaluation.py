@@ -61,7 +61,7 @@ class Evaluated:
 def worker(rank: int, world: int, port: int, jobs: Sequence[EvaluationJob], out: Any) -> None:
     """Evaluate one job after another in one process; rank 0 puts what they come to into ``out``."""
     from raysft.train.evaluated_model import evaluated_model
-    from raysft.train.step import evaluate
+    from raysft.train.evaluation import evaluate
 
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank)
