@@ -13,6 +13,12 @@ from raysft.train.deepspeed_internals import numel
 
 OURS = ("optimizer", "scheduler", "data_efficiency", "curriculum_learning")
 """Sections of a DeepSpeed config that would override keys of ours."""
+INSTEAD = {
+    "sequence_parallel_size": "scaling.sequence_parallel",
+    "activation_checkpointing": "train.gradient_checkpointing, train.recompute_layers or train.offload.activations",
+    "compile": "train.compile",
+}
+"""Sections and settings of a DeepSpeed config that its engine reads for models of its own kind alone → raysft's keys for it."""
 SUMS = "communication_data_type"
 """DeepSpeed's key for the type in which the gradients of all workers are added up."""
 LARGEST_BUCKET = 500_000_000
@@ -149,6 +155,8 @@ def _merged(ours: Mapping[str, Any], given: Mapping[str, Any], where: str) -> di
         path = f"{where}.{key}"
         if where == "train.deepspeed" and key in OURS:
             raise RequestError(f"{path} is set by raysft (train.optimizer, train.schedule, data); remove it")
+        if where == "train.deepspeed" and key in INSTEAD:
+            raise RequestError(f"{path} does nothing here; remove it, and set {INSTEAD[key]}")
         if value == "auto":
             continue
         if isinstance(value, Mapping) and isinstance(ours.get(key, {}), Mapping):

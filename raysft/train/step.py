@@ -99,7 +99,7 @@ def train_step(
     phases = phases or Phases()
     # DeepSpeed averages over microbatches and workers; undo that, and divide by the step's weight instead.
     averaged = engine.gradient_accumulation_steps() * dist.get_world_size()
-    totals = torch.zeros(6 + sources, device=engine.device)
+    totals = torch.zeros(2 + sources, device=engine.device)
     router_loss = engine.module.router_loss
     norm, forward, started = None, DeviceTimer(engine.device), time.perf_counter()
     rows = engine.train_micro_batch_size_per_gpu()
@@ -117,10 +117,10 @@ def train_step(
         norm = _stepped(engine)
         # Workers that share rows all have the balance of whole rows.
         balanced = balance.detach()[None] / group.size
-        totals += torch.cat([totals.new_zeros(4), loss.detach()[None], by_source, balanced])
-    totals[:4] = totals.new_tensor(asks())
-    (noticed, late, over, lacks, total, *by_source, balanced), waited, held = _summed(totals, pixels, started)
-    norm = float(norm if norm is not None else engine.get_global_grad_norm())
+        totals += torch.cat([loss.detach()[None], by_source, balanced])
+    norm = norm if norm is not None else engine.get_global_grad_norm()
+    summed, norm, waited, held = _summed(totals, asks(), norm, pixels, started)
+    total, *by_source, balanced, noticed, late, over, lacks = summed
     applied = math.isfinite(norm) and engine.was_step_applied()
     heard = (noticed > 0, late > 0, over > 0, lacks > 0)
     times = (forward.seconds(), waited, held)
@@ -142,26 +142,36 @@ def _stepped(engine: Any) -> torch.Tensor | None:
     return norm
 
 
-def _summed(totals: torch.Tensor, pixels: Pixels | None, started: float) -> tuple[list[float], float, float]:
-    """Add numbers up over all workers.
+def _summed(
+    totals: torch.Tensor, asked: Sequence[bool], norm: torch.Tensor | float, pixels: Pixels | None, started: float
+) -> tuple[list[float], float, float, float]:
+    """Add numbers up over all workers, and wait for the device once.
 
     Args:
-        totals: this worker's numbers.
+        totals: this worker's numbers on the device.
+        asked: further ones, of the processor.
+        norm: of the gradient, the same on all workers.
         pixels: of the step's images.
         started: when the step started, by ``time.perf_counter``.
 
     Returns:
-        The sums; how long this worker has waited for pixels; and how long the waits of any worker have held it up.
+        The sums; the norm; how long this worker has waited for pixels; and how long the waits of any worker have held it up.
     """
-    if pixels is None:
-        dist.all_reduce(totals)
-        return totals.double().tolist(), 0.0, 0.0
-    waited, waits = pixels.waited(), totals.new_zeros(dist.get_world_size(), 2)
-    waits[dist.get_rank()] = waits.new_tensor([waited, time.perf_counter() - started - waited])
-    shared = torch.cat([totals, waits.flatten()])
+    waited, waits = 0.0, torch.zeros(0 if pixels is None else dist.get_world_size(), 2)
+    if pixels is not None:
+        waited = pixels.waited()
+        waits[dist.get_rank()] = torch.tensor([waited, time.perf_counter() - started - waited])
+    own = uploaded({"own": torch.cat([torch.tensor(asked, dtype=waits.dtype), waits.flatten()])}, totals.device)["own"]
+    shared = torch.cat([totals, own])
     dist.all_reduce(shared)
-    held = _held_seconds(shared[len(totals) :].view(-1, 2).tolist(), time.perf_counter() - started)
-    return shared[: len(totals)].double().tolist(), waited, held
+    if isinstance(norm, torch.Tensor) and norm.device == totals.device:
+        *sums, norm = torch.cat([shared.double(), norm.double().reshape(1)]).tolist()
+    else:
+        sums = shared.double().tolist()
+    count = len(totals) + len(asked)
+    pairs = list(zip(sums[count::2], sums[count + 1 :: 2], strict=True))
+    held = _held_seconds(pairs, time.perf_counter() - started) if pairs else 0.0
+    return sums[:count], float(norm), waited, held
 
 
 def _held_seconds(workers: Sequence[Sequence[float]], seconds: float) -> float:

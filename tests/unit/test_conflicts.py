@@ -468,6 +468,11 @@ def test_settings_of_deepspeed_are_merged_from_a_mapping_or_a_file(tmp_path):
         ),
         ({"train_batch_size": 7}, "train.deepspeed.train_batch_size=7, but the rest of the config sets it to 32"),
         ({"optimizer": {"type": "Adam"}}, "train.deepspeed.optimizer is set by raysft"),
+        (
+            {"sequence_parallel_size": 2},
+            "train.deepspeed.sequence_parallel_size does nothing here; remove it, and set scaling.",
+        ),
+        ({"activation_checkpointing": {"cpu_checkpointing": True}}, "train.offload.activations"),
         ("missing.json", "cannot be read as JSON (No such file or directory)"),
     ],
 )

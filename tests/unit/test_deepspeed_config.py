@@ -15,6 +15,7 @@ from raysft.train.deepspeed_import import deepspeed
 from raysft.train.engine import make_engine
 from raysft.train.step import train_step
 from tests.training import make_config, prepare, rows_of
+from tests.unit.test_uploads import Questions
 
 LARGEST_TENSOR = 1 << 20
 """Bytes; the tensors of the tiny model, its rows and its logits have less than half as many."""
@@ -86,3 +87,16 @@ def test_gradients_in_bfloat16_are_added_up_as_the_settings_say(prepared, stage)
     for given, expected in (({}, torch.bfloat16), ({"communication_data_type": "fp32"}, torch.float32)):
         engine = engine_of(prepared, {"model.dtype": "bfloat16", "train.deepspeed": given}, zero_stage=stage)
         assert set(engine.optimizer.ipg_buckets) == {expected}
+
+
+def test_of_a_step_a_number_is_asked_for_once(prepared):
+    """Whether the gradient is finite, for an optimizer that is not ZeRO's. The lists at the end come in one piece from a GPU, where
+    they are one more; the CPU's attention asks where examples begin."""
+    rows, engine = rows_of(prepared[2]), engine_of(prepared, {"model.attention": "sdpa"}, zero_stage=0)
+    with Questions() as questions:
+        result = train_step(
+            engine, rows.batch(range(4)), float(rows.row_plan.step_weight[0]), asks=lambda: (False, True, False, True)
+        )
+    assert questions.found == ["_local_scalar_dense"]
+    assert (result.noticed, result.late, result.over, result.rows_are_late) == (False, True, False, True)
+    assert result.applied

@@ -21,7 +21,6 @@ from raysft.estimate.sizes import Activations
 from raysft.estimate.states import Setup
 from raysft.estimate.trace import forget_gradient, trace
 from raysft.estimate.traced_experts import kernel_bytes
-from raysft.models import onednn
 from raysft.models.fused_layers import ROTARY, fuse_layers
 from raysft.models.media_inputs import media_inputs
 from raysft.models.model_parts import part_of
@@ -45,14 +44,6 @@ SIZES = {
     "pad_token_id": 0,
 }
 CHECKPOINTED = {"train.gradient_checkpointing": True}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def products_of_torch() -> None:
-    """On AMD processors, engines of earlier tests leave oneDNN's products, which have buffers that are larger than a tiny layer."""
-    if onednn._override.cache_info().currsize:
-        onednn._override()._destroy()
-        onednn._override.cache_clear()
 
 
 @pytest.fixture(scope="module")
