@@ -186,9 +186,9 @@ class ModelSection(Section):
     bitsandbytes) needs no setting; it loads as it is if the library that it needs is installed. Of a model for images, the
     language model alone is quantized."""
     dequantize: bool = True
-    """Of a model whose weights are stored in FP8 (DeepSeek-V3, Qwen3-FP8) or MXFP4 (gpt-oss), train, evaluate or generate with a
-    copy in 16 bits, which is made once, in ``data.cache``, and is two or four times as large. false: load it as it is, on which
-    adapters alone can be trained, and only on GPUs for which transformers has the kernels."""
+    """Train, evaluate and generate with a copy in 16 bits of a model that is stored in FP8 (DeepSeek-V3, Qwen3-FP8) or MXFP4
+    (gpt-oss). The copy is made once, in ``data.cache``, and is two or four times as large. false: load the model as it is stored;
+    then only adapters can be trained, and only on GPUs for which transformers has the kernels."""
     quantization_type: Literal["nf4", "fp4"] = "nf4"
     """Data type of 4-bit weights."""
     double_quantization: bool = True

@@ -112,10 +112,10 @@ class TrainSection(Section):
     z_loss: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the squared log of the softmax denominator, which is added to the loss of each loss token."""
     router_aux_loss_coef: Annotated[float, Field(gt=0)] | None = None
-    """Weight of the load balancing loss of a mixture of experts, which keeps its routers from sending all tokens to a few experts,
-    as transformers computes it for each example alone (0.001 in the configs of many models). The step's is the mean over its
-    examples, weighted by their tokens; it is logged as ``router_aux_loss``, beside the loss. Routers that are frozen, as with
-    adapters, stay as they are all the same. Default: none."""
+    """Weight of the load balancing loss, which keeps the routers of a mixture of experts from sending all tokens to a few experts
+    (0.001 in the configs of many models). It is computed as in transformers, for each example alone; a step takes the mean over
+    its examples, weighted by their tokens. It is logged as ``router_aux_loss``, apart from the loss, and trains whatever weights
+    before the routers are trained, even if the routers are frozen. Default: none."""
     neftune_alpha: Annotated[float, Field(gt=0)] | None = None
     """NEFTune: add uniform noise of ± alpha / √(tokens of the example · embedding size) to the embeddings. Default: no noise."""
     zero_stage: Literal[0, 1, 2, 3] = 2
