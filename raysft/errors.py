@@ -46,11 +46,13 @@ def unreadable(message: str, cause: BaseException) -> RequestError:
 def one_line(error: BaseException | str, length: int = 200) -> str:
     """First line of an error's message, for use inside a message of our own.
 
-    A line that ends with a colon is joined with the next one. An error without a message gives the name of its type. A
-    final full stop is removed, and longer text is cut to ``length`` characters.
+    A line that ends with a colon, or inside brackets, is joined with the next one. An error without a message gives the name of
+    its type. A final full stop is removed, and longer text is cut to ``length`` characters.
 
     >>> one_line(ValueError("Not a number: \\n  'x'.\\nSee the manual."))
     "Not a number: 'x'"
+    >>> one_line("Module Experts(\n  (act): SiLU()\n) is not supported.")
+    'Module Experts( (act): SiLU() ) is not supported'
     >>> one_line(KeyboardInterrupt()), one_line("0123456789", length=6)
     ('KeyboardInterrupt', '01234…')
     """
@@ -58,7 +60,7 @@ def one_line(error: BaseException | str, length: int = 200) -> str:
     text = ""
     for line in lines:
         text = f"{text} {line}".lstrip()
-        if not text.endswith(":"):
+        if not text.endswith(":") and text.count("(") <= text.count(")"):
             break
     text = text.rstrip(".:") or ("no message" if isinstance(error, str) else type(error).__name__)
     return text if len(text) <= length else f"{text[: length - 1]}…"
