@@ -51,7 +51,7 @@ def one_line(error: BaseException | str, length: int = 200) -> str:
 
     >>> one_line(ValueError("Not a number: \\n  'x'.\\nSee the manual."))
     "Not a number: 'x'"
-    >>> one_line("Module Experts(\n  (act): SiLU()\n) is not supported.")
+    >>> one_line("Module Experts(\\n  (act): SiLU()\\n) is not supported.")
     'Module Experts( (act): SiLU() ) is not supported'
     >>> one_line(KeyboardInterrupt()), one_line("0123456789", length=6)
     ('KeyboardInterrupt', '01234…')
