@@ -114,8 +114,8 @@ class TrainSection(Section):
     router_aux_loss_coef: Annotated[float, Field(gt=0)] | None = None
     """Weight of the load balancing loss, which keeps the routers of a mixture of experts from sending all tokens to a few experts
     (0.001 in the configs of many models). It is computed as in transformers, for each example alone; a step takes the mean over
-    its examples, weighted by their tokens. It is logged as ``router_aux_loss``, apart from the loss, and trains whatever weights
-    before the routers are trained, even if the routers are frozen. Default: none."""
+    its examples, weighted by their tokens. It is logged as ``router_aux_loss``, apart from the loss. Its gradient also reaches
+    trained weights before a router, even if the router is frozen. Default: none."""
     neftune_alpha: Annotated[float, Field(gt=0)] | None = None
     """NEFTune: add uniform noise of ± alpha / √(tokens of the example · embedding size) to the embeddings. Default: no noise."""
     zero_stage: Literal[0, 1, 2, 3] = 2

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raysft.config import Config, with_overrides
-from raysft.errors import RequestError
+from raysft.errors import RequestError, as_yaml
 from raysft.estimate.memory import Memory
 from raysft.estimate.remedies import PARTS
 
@@ -69,6 +69,7 @@ def _ways(config: Config, gpu: bool, workers: int) -> Iterator[tuple[str, dict[s
     yield "", {}
     for wanted, key, value in (
         (not train.gradient_checkpointing, "train.gradient_checkpointing", True),
+        (train.recompute_layers is not None, "train.recompute_layers", None),
         (gpu and train.offload.activations == "none", "train.offload.activations", "cpu"),
         *(
             (config.scaling.sequence_parallel == 1 and workers % parts == 0, "scaling.sequence_parallel", parts)
@@ -77,14 +78,19 @@ def _ways(config: Config, gpu: bool, workers: int) -> Iterator[tuple[str, dict[s
     ):
         if wanted:
             overrides = {**overrides, key: value}
-            yield " and ".join(f"{name}={str(given).lower()}" for name, given in overrides.items()), overrides
+            yield " and ".join(f"{name}={_written(given)}" for name, given in overrides.items()), overrides
+
+
+def _written(value: object) -> str:
+    return value if isinstance(value, str) else as_yaml(value)
 
 
 def _longest(limit: float, tokens: int, peak_of: Callable[[int], float]) -> tuple[int, float]:
     """Return the longest row of up to so many tokens, and its peak; (0, 0) if even the shortest does not fit.
 
-    What a row needs grows evenly with it, or ever faster. So the line between a row that fits and one that does not lies above what
-    is needed: where it crosses the limit, a row fits. The line through two rows that fit lies below, and bounds the search.
+    What a row needs mostly grows evenly with it, or ever faster. Then the line between a row that fits and one that does not lies
+    above what is needed: where it crosses the limit, a row fits. The line through two rows that fit lies below, and bounds the
+    search. Each candidate is estimated, so a wrong guess only costs a try.
 
     >>> _longest(1000, 4096, lambda tokens: 100 + tokens)
     (896, 996)

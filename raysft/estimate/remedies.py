@@ -65,6 +65,8 @@ def _changes(config: Config, hardware: Hardware, workers: int) -> Iterator[tuple
         )
     if not train.gradient_checkpointing:
         yield "train.gradient_checkpointing=true", {"train.gradient_checkpointing": True}
+    if train.recompute_layers is not None:
+        yield "train.recompute_layers=null, for all layers", {"train.recompute_layers": None}
     if hardware.gpu and train.offload.activations == "none":
         text = "train.offload.activations=cpu"
         if train.gradient_checkpointing:

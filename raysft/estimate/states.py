@@ -127,7 +127,9 @@ def states(sizes: ModelSizes, setup: Setup) -> States:
         own = float(min(trained, sizes.largest_layer))
         master = 4.0 * own
     kept, arrived, ended, gradients = _gradients(sizes, setup, own, bucket)
-    bucket += 4.0 * elements if stage and setup.sums_in_float32 else 0.0
+    if setup.sums_in_float32:
+        # ZeRO-3 puts the copies of all gradients into one more; ``_step`` has that of a plain optimizer.
+        bucket += {0: 0.0, 3: 8.0}.get(stage, 4.0) * elements
     step, host = _step(sizes, setup, own), 0.0
     if setup.offload_optimizer:
         # Pinned: float32 copies, their gradients, moments, and the new weights in the model's type.
@@ -195,7 +197,8 @@ def _gradients(sizes: ModelSizes, setup: Setup, own: float, bucket: float) -> tu
 def _step(sizes: ModelSizes, setup: Setup, own: float) -> float:
     width = setup.width
     if setup.zero_stage == 0:
-        return max(width * min(LARGEST_BUCKET, own), _temporaries(sizes, setup))
+        reduced = width + (4 if setup.sums_in_float32 else 0)
+        return max(reduced * min(LARGEST_BUCKET, own), _temporaries(sizes, setup))
     part = min(SUB_GROUP, own) if setup.zero_stage == 3 and setup.optimizer == "adamw" else own
     if setup.pure_bf16:
         return float(width * part)

@@ -46,7 +46,9 @@ FP8 = ("F8_E4M3", "F8_E5M2")
 """Data types of 8-bit weights by their names in safetensors."""
 SCALES = ("_scale_inv", "_scale")
 """How the scale of a weight in FP8 is called, after the weight."""
-UNUSED = ("activation_scale", "input_scale", ".k_scale", ".v_scale")
+FORM = "2"
+"""Of the copies; counts up when the same model gives another one, so that older ones in a cache are not used."""
+UNUSED = (".activation_scale", "_activation_scale", ".input_scale", "_input_scale", ".k_scale", ".v_scale")
 """How the names end of what only multiplying, or a cache, in FP8 needs."""
 ALONE = (".weight_scale_inv", "_proj_scale_inv", ".weight_scale")
 """How the names of scales of FP8 end that are nothing without a weight."""
@@ -100,7 +102,7 @@ def exact_copy(cache: StoragePath, model: str, notify: Callable[[str], None], wi
         return model
     is_adapter = (folder / "adapter_config.json").exists()
     base = _exact_base(cache, folder, notify, with_code) if is_adapter else ""
-    content = [model_fingerprint(model), *([base] if base else []), *(["code"] if with_code else [])]
+    content = [FORM, model_fingerprint(model), *([base] if base else []), *(["code"] if with_code else [])]
     key = hashlib.sha256(" ".join(content).encode()).hexdigest()[:16]
     target = cache / "models" / f"{'adapter' if is_adapter else 'dequantized'}-{key}"
 

@@ -64,11 +64,19 @@ def supports_flash_attention(model: Any) -> bool:
 
 
 def passes_window(model: Any) -> bool:
-    """Return True if the layers of a model tell their attention function how many tokens they attend to; some leave that to the
-    mask alone (Qwen2-MoE, Phi-3.5-MoE)."""
-    return any(
-        "sliding_window=" in inspect.getsource(kind.forward) for kind in {type(each) for each in model.modules()}
-    )
+    """Return True if the layers of a model's text tell their attention function how many tokens they attend to; some leave that to
+    the mask alone (Qwen2-MoE, Phi-3.5-MoE)."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    sources = [_source_of(kind.forward) for kind in {type(each) for each in decoder.modules()}]
+    asking = [each for each in sources if "attention_interface(" in each]
+    return bool(asking) and all("sliding_window=" in each for each in asking)
+
+
+def _source_of(function: Any) -> str:
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):
+        return ""  # it was made while the program ran
 
 
 def computes_attention(model_class: Any, kernel: str) -> bool:

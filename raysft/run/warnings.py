@@ -211,7 +211,7 @@ def beyond_lines(config: Config, sources: Mapping[str, SourcePlan], positions: i
         if source.beyond:
             yield (
                 f"source {name!r}: {source.beyond:,} of {source.examples:,} examples are longer than the model's {positions:,} "
-                f"positions (the longest has {source.longest:,} tokens), {remedy}"
+                f"positions (the longest has {min(source.longest, row):,} tokens), {remedy}"
             )
 
 

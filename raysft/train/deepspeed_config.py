@@ -18,7 +18,7 @@ INSTEAD = {
     "activation_checkpointing": "train.gradient_checkpointing, train.recompute_layers or train.offload.activations",
     "compile": "train.compile",
 }
-"""Sections and settings of a DeepSpeed config that its engine reads for models of its own kind alone → raysft's keys for it."""
+"""Keys of a DeepSpeed config that do nothing for transformers' models → raysft's keys to set instead."""
 SUMS = "communication_data_type"
 """DeepSpeed's key for the type in which the gradients of all workers are added up."""
 LARGEST_BUCKET = 500_000_000
@@ -156,7 +156,7 @@ def _merged(ours: Mapping[str, Any], given: Mapping[str, Any], where: str) -> di
         if where == "train.deepspeed" and key in OURS:
             raise RequestError(f"{path} is set by raysft (train.optimizer, train.schedule, data); remove it")
         if where == "train.deepspeed" and key in INSTEAD:
-            raise RequestError(f"{path} does nothing here; remove it, and set {INSTEAD[key]}")
+            raise RequestError(f"{path} does nothing here; remove it, or set {INSTEAD[key]} instead")
         if value == "auto":
             continue
         if isinstance(value, Mapping) and isinstance(ours.get(key, {}), Mapping):

@@ -169,7 +169,9 @@ def _reach_inputs_of_whole(model: TokenLoss) -> None:
     """
     for module in model.modules():
         if deepspeed.utils.z3_leaf_module(module) and any(each.requires_grad for each in module.parameters()):
-            module.register_forward_pre_hook(_with_gradients)
+            module.register_forward_pre_hook(
+                _with_gradients, prepend=True
+            )  # before DeepSpeed's, which looks at the inputs
 
 
 def _with_gradients(module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -129,6 +129,15 @@ def test_moments_of_each_optimizer(optimizer, options, moments):
     assert states(SEVEN, Setup(0, optimizer=optimizer, options=options)).moments == pytest.approx(moments)
 
 
+@pytest.mark.parametrize(("stage", "copies"), [(0, 4.0), (1, 4.0), (2, 4.0), (3, 8.0)])
+def test_gradients_that_are_added_up_in_float32_need_copies(stage, copies):
+    """Bytes for each element of a bucket of a million; ZeRO-3 also puts those of a bucket together."""
+    sizes = replace(SEVEN, trained=(Weight((1000, 1000), True, 1),))
+    plain = Setup(zero_stage=stage, workers=2, width=2)
+    one, other = (states(sizes, each) for each in (plain, replace(plain, sums_in_float32=True)))
+    assert (other.bucket + other.step) - (one.bucket + one.step) == copies * 1e6
+
+
 def test_the_peak_is_the_largest_of_the_moments():
     # 1,000 float32 weights with ZeRO 2: weights 4,000, copies 4,000, moments 8,000.
     setup, cpu = Setup(2, 1, 4), Hardware()
@@ -360,7 +369,7 @@ def test_a_row_that_does_not_fit_is_told_the_longest_that_do(tmp_path, monkeypat
     which 0.25 with recomputation, and 1.06 times that."""
 
     def measured(config: Config, hf_config: object, adapter: object, microbatch: Microbatch):
-        mib = 0.25 if config.train.gradient_checkpointing else 1.0
+        mib = 0.25 if config.train.gradient_checkpointing and config.train.recompute_layers is None else 1.0
         layers = (Layers(1, Line(0, microbatch.tokens * mib * (1 << 20)), Line(0, 0), Line(0, 0)),)
         return replace(SEVEN, trained=()), replace(FLAT, tokens=microbatch.tokens, layers=layers)
 
@@ -379,6 +388,9 @@ def test_a_row_that_does_not_fit_is_told_the_longest_that_do(tmp_path, monkeypat
     assert short.endswith(f", or data.sequence_length={room // 64 * 64:.0f}")
     longest = f"use data.sequence_length={room // 64 * 64:.0f}, or {4 * room // 64 * 64:.0f} with train.gradient_checkpointing=true"
     assert told(100_000).endswith(longest)
+    config = with_overrides(config, {"train.gradient_checkpointing": True, "train.recompute_layers": 1})
+    assert "; use train.recompute_layers=null, for all layers (" in told(12_000)
+    assert told(100_000).endswith(longest.replace("gradient_checkpointing=true", "recompute_layers=null"))
 
 
 def test_a_run_that_fits_only_with_swap_is_not_refused(seven):

@@ -29,7 +29,8 @@ MODEL: Keys = {
     "rope_scaling": same(
         "model.rope_scaling",
         word("linear", "dynamic", "yarn", "llama3"),
-        note="the same factor; dynamic scales beyond the model's own positions, not only beyond the new ones",
+        note="the same factor; with dynamic, every example longer than the model's own positions is scaled, not only those longer "
+        "than the new ones",
     ),
     "flash_attn": same("model.attention", choice(ATTENTION), "auto"),
     "shift_attn": only(False, "remove it: raysft has no shifted sparse attention", boolean),
