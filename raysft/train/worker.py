@@ -57,7 +57,7 @@ def _train(settings: dict[str, Any]) -> None:
     run, rank, device = job.config.run.name, ray.train.get_context().get_world_rank(), get_device()
     emit = emitter(mailbox, worker_name(run, rank, place(device)))
     torch.set_num_threads(settings["threads"])
-    _check_alone(job.config)
+    check_alone(job.config, ray.train.get_context().get_local_world_size())
     reasons: list[str] = []
     """Why the driver asks to stop; known to the first worker alone, from which the others learn it."""
     if rank == 0:
@@ -79,9 +79,16 @@ def _train(settings: dict[str, Any]) -> None:
         writer.close()
 
 
-def _check_alone(config: Config) -> None:
-    """Refuse to compute experts beside another worker of this node, where Ray has put both although there was room elsewhere."""
-    together = ray.train.get_context().get_local_world_size()
+def check_alone(config: Config, together: int) -> None:
+    """Refuse to compute experts beside another worker of this node, where Ray has put both although there was room elsewhere.
+
+    Args:
+        config: the run's config.
+        together: number of the run's workers on this node.
+
+    Raises:
+        RequestError: there are several, and the config has the node's CPU compute the experts.
+    """
     if config.model.experts == "kt" and together > 1:
         raise RequestError(
             f"model.experts=kt takes one worker on each node, but {together} have come to the same; use scaling.placement=spread, "
@@ -129,8 +136,8 @@ def _evaluate(settings: dict[str, Any]) -> None:
 
     job, emit = settings["job"], emitter(settings["mailbox"])
     torch.set_num_threads(settings["threads"])
-    _check_alone(job.config)
     context, device = ray.train.get_context(), get_device()
+    check_alone(job.config, context.get_local_world_size())
     rank, workers = context.get_world_rank(), context.get_world_size()
     processor = job.processor()
     group = SequenceGroup.join(job.config.scaling.sequence_parallel)

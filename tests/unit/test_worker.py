@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from raysft.train import worker
+from raysft.train.worker import check_alone
 from tests.messages import holds, refusal
 from tests.training import make_config
 
 
 @pytest.mark.parametrize(("experts", "together", "refused"), [("kt", 2, True), ("kt", 1, False), ("auto", 2, False)])
-def test_workers_that_ray_put_on_one_node_do_not_all_keep_the_experts_there(monkeypatch, experts, together, refused):
+def test_workers_that_ray_put_on_one_node_do_not_all_keep_the_experts_there(experts, together, refused):
     """Also where there was room on other nodes, as preflight found."""
-    context = SimpleNamespace(get_local_world_size=lambda: together)
-    monkeypatch.setattr(worker.ray.train, "get_context", lambda: context)
     settings = {"model.finetuning": "lora", "model.dtype": "bfloat16", "model.experts": experts}
     config = make_config(Path("/none"), Path("/none/model"), settings)
     if not refused:
-        worker._check_alone(config)
+        check_alone(config, together)
         return
-    message = refusal(worker._check_alone, config)
+    message = refusal(check_alone, config, together)
     assert holds(
         message, "model.experts=kt takes one worker on each node, but 2 … same; use scaling.placement=spread, or fewer"
     )
