@@ -177,7 +177,7 @@ def test_experts_with_an_adapter_compute_outside_of_compiled_code(tmp_path, monk
     graphs = [
         counted(model, monkeypatch, widths)["stats"]["unique_graphs"] for widths in ((16, 24), (16, 24, 40, 16, 24, 40))
     ]
-    assert graphs[0] == graphs[1]
+    assert graphs[0] == graphs[1] > 0
     torch.compiler.reset()
 
 
