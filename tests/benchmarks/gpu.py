@@ -328,17 +328,18 @@ def compared(folder: Path, ways: Sequence[str], device: str, ends: float) -> lis
         device: to train on.
         ends: when no further way begins, by ``time.monotonic``.
     """
+    if not ways or time.monotonic() > ends:
+        return [late for way in ways for late in _too_late(way)]
     folder.mkdir()
     place, model, manifest = prepare(folder)
     rows = rows_of(manifest)
     (expected,) = train_all([Case(make_config(place / "cpu", model, micro_batch_size=4), rows)])
     found = []
     for way in ways:
-        needs_16_bits = way.startswith(("flash", "fp8"))
-        dtypes = [dtype for dtype in ("float32", "bfloat16") if not (needs_16_bits and dtype == "float32")]
         if time.monotonic() > ends:
-            found += [Losses(way, dtype, float("nan"), NO_TIME) for dtype in dtypes]
+            found += _too_late(way)
             continue
+        dtypes = _dtypes(way)
         settings = {"scaling.use_gpu": device == "cuda", **WAYS[way][1]}
         configs = [
             make_config(place / f"{way} {dtype}", model, {"model.dtype": dtype, **settings}, micro_batch_size=4)
@@ -354,6 +355,14 @@ def compared(folder: Path, ways: Sequence[str], device: str, ends: float) -> lis
             difference = float((np.abs(a - b) / b).max()) if len(a) == len(b) else float("nan")
             found.append(Losses(way, dtype, difference, result.failure))
     return found
+
+
+def _dtypes(way: str) -> list[str]:
+    return ["bfloat16"] if way.startswith(("flash", "fp8")) else ["float32", "bfloat16"]
+
+
+def _too_late(way: str) -> list[Losses]:
+    return [Losses(way, dtype, float("nan"), NO_TIME) for dtype in _dtypes(way)]
 
 
 def name_of(device: str) -> str:
