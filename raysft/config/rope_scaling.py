@@ -68,8 +68,7 @@ def _checked(name: str, value: Any) -> Any:
         return int(value)
     if name == "factor" and not 1.0 <= value < float("inf"):
         raise ValueError(f"{name}={value:g} must be a number of at least 1")
-    if (
-        not 0.0 < value < float("inf")
-    ):  # some divide by them; an attention_factor of 0 would leave nothing of the attention
+    # Some divide by them; an attention_factor of 0 would leave nothing of the attention.
+    if not 0.0 < value < float("inf"):
         raise ValueError(f"{name}={value:g} must be a number above 0")
     return float(value)

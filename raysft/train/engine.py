@@ -87,9 +87,8 @@ def make_engine(
         model=model, optimizer=optimizer, lr_scheduler=lr_scheduler, config=settings, dist_init_required=False
     )
     del partitioning
-    if (
-        config.train.zero_stage == 3 and not config.train.compile
-    ):  # whose layers' inputs have gradients (``gather_whole``)
+    # The inputs of compiled layers have gradients anyway (``gather_whole``).
+    if config.train.zero_stage == 3 and not config.train.compile:
         _reach_inputs_of_whole(model)
     if config.train.router_aux_loss_coef:
         model.router_loss = RouterLoss(model.model, config.train.router_aux_loss_coef)

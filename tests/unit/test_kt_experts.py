@@ -115,9 +115,8 @@ def far(one: torch.Tensor, other: torch.Tensor) -> float:
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_the_kernel_computes_what_transformers_and_peft_compute(tmp_path, kind):
     folder = tiny_mixture(tmp_path, kind, **MIXTURES[kind])
-    target = (
-        {"target": ["experts"]} if kind == "qwen2_moe" else {}
-    )  # of which peft does not count experts among all layers
+    # Of Qwen 2's mixtures, peft does not count experts among all layers.
+    target = {"target": ["experts"]} if kind == "qwen2_moe" else {}
     ours, theirs = (computed(outermost(made(folder, experts, rank=4, **target)), (0, 1)) for experts in ("kt", "auto"))
     assert ours.keys() == theirs.keys()
     assert len([name for name in ours if "lora_" in name]) == 4
@@ -381,9 +380,8 @@ def test_a_model_that_the_kernel_cannot_compute_is_refused_before_anything_start
         tiny_mixture(tmp_path, **QWEN)
     given = with_overrides(config(), {"model.path": str(tmp_path)})
     monkeypatch.setattr(kt_internals.importlib.util, "find_spec", lambda name: None)
-    missing = (
-        "but the model is llama" if kind == "llama" else "pip install --no-deps kt-kernel"
-    )  # which would not help a Llama
+    # The package would not help a Llama.
+    missing = "but the model is llama" if kind == "llama" else "pip install --no-deps kt-kernel"
     assert missing in refusal(check_model, given, str(tmp_path))
     monkeypatch.undo()
     monkeypatch.setattr(kt_internals, "check_kernel", lambda on_this_machine: None)
