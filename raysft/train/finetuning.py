@@ -79,15 +79,30 @@ def load_frozen(config: Config, path: str, device: torch.device | None = None) -
     return model.requires_grad_(False).eval()
 
 
-def _options(config: Config, folder: Path, device: torch.device | None, runs_code: bool) -> dict[str, Any]:
-    check_kernel(config, device or torch.device("cpu"))
+def _options(
+    config: Config, folder: Path, device: torch.device | str | None, runs_code: bool, trains: bool = True
+) -> dict[str, Any]:
+    """Return how transformers loads a model or an adapter's base.
+
+    Args:
+        config: the run's config.
+        folder: of the model or the adapter.
+        device: where quantized weights go. Default: CPU.
+        runs_code: True if code that comes with it may run.
+        trains: False if it computes in evaluations alone, where ZeRO-3 does not partition quantized weights.
+    """
+    device = device or "cpu"
+    check_kernel(config, torch.device(device))
     hf_config = AutoConfig.from_pretrained(adapter_base(folder) or folder, trust_remote_code=runs_code)
-    return {
+    options = {
         "dtype": getattr(torch, config.weight_dtype),
         "attn_implementation": kernel(config, loaded_config(hf_config)),
         "trust_remote_code": runs_code,
-        **loading_options(config, device or "cpu", partitioned=config.train.zero_stage == 3),
+        **loading_options(config, device, partitioned=trains and config.train.zero_stage == 3),
     }
+    if not trains and method_of(hf_config):
+        options["device_map"] = {"": device}  # quantized weights get the layout of their device while they are loaded
+    return options
 
 
 def _use_attention(model: Any, config: Config) -> None:
@@ -209,12 +224,11 @@ def _check_adapter(model: Any, config: Config, section: Any) -> None:
     parameters = getattr(adapter_config, "target_parameters", None) or ()
     for key in ("dropout", "dora", "pissa") if parameters else ():
         if getattr(lora, key):
-            what = [
-                *(["the experts"] if len(parameters) > len(named) else []),
-                *(f"the router ({each})" for each in named),
-            ]
+            what = ["the experts"] if len(parameters) > len(named) else []
+            what += [f"the router ({each})" for each in named[:1]]
+            what += [f"{len(named) - 1} more"] if len(named) > 1 else []
             raise RequestError(
-                f"model.lora.{key}={as_yaml(getattr(lora, key))} does not work with adapters on {' and '.join(what):.100} of "
+                f"model.lora.{key}={as_yaml(getattr(lora, key))} does not work with adapters on {' and '.join(what)} of "
                 f"{type(model).__name__}; "
                 "remove it, or name other modules in model.lora.target, for example [q_proj, v_proj]"
             )
@@ -279,17 +293,7 @@ def load_trained(config: Config, location: StoragePath | Path, runs_code: bool |
     folder = Path(local_copy(StoragePath.of(location).location))
     trusted = config.model.runs_code if runs_code is None else runs_code
     device = "cuda" if config.scaling.use_gpu else "cpu"
-    check_kernel(config, torch.device(device))
-    hf_config = AutoConfig.from_pretrained(adapter_base(folder) or folder, trust_remote_code=trusted)
-    options: dict[str, Any] = {
-        "dtype": getattr(torch, config.weight_dtype),
-        "attn_implementation": kernel(config, loaded_config(hf_config)),
-        "trust_remote_code": trusted,
-    }
-    options |= loading_options(config, device)
-    if method_of(hf_config):
-        options["device_map"] = {"": device}  # quantized weights get the layout of their device while they are loaded
-    model = load_with_base(folder, **options)
+    model = load_with_base(folder, **_options(config, folder, device, trusted, trains=False))
     base = without_adapters(model)
     keep_layout(model)
     _use_attention(base, config)

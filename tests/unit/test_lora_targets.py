@@ -165,6 +165,16 @@ def test_what_experts_cannot_have_is_told_before_anything_starts(qwen, section, 
     check_model(config(**{**section, "target": ["q_proj", "v_proj"]}), str(qwen))
 
 
+@pytest.mark.parametrize(("beside", "told"), [([], ""), (["experts"], "the experts and ")], ids=str)
+def test_of_many_routers_that_cannot_have_it_the_first_is_told(tmp_path, beside, told):
+    folder = tiny_mixture(tmp_path, "mixtral", **LOCAL)
+    named = [f"model.layers.{layer}.mlp.gate" for layer in range(2)]
+    with pytest.raises(RequestError) as caught:
+        check_model(config(target=[*named, *beside], dropout=0.1), str(folder))
+    told = f"with adapters on {told}the router (model.layers.0.mlp.gate) and 1 more of MixtralForCausalLM; remove"
+    assert told in str(caught.value)
+
+
 def test_other_models_take_all_of_these(tmp_path):
     folder = tiny_model(tmp_path)
     for section in ({"dropout": 0.1}, {"dora": True}, {"pissa": True}):
