@@ -54,8 +54,11 @@ class _Examplewise:
         """Call the forward pass as for an example of so many tokens, of which some may be elsewhere."""
         module = self._module
         if length > module.original_max_seq_len:
-            # As a tensor, so that it is rounded as transformers' own; it needs no device.
-            module.inv_freq, _ = ROPE_INIT_FUNCTIONS["dynamic"](module.config, x.device, seq_len=torch.tensor(length))
+            tokens = torch.tensor(length)  # as a tensor, so that it is rounded as transformers' own
+            found, _ = ROPE_INIT_FUNCTIONS["dynamic"](module.config, torch.device("cpu"), seq_len=tokens)
+            # From other memory than pinned one, a copy would wait for all that a GPU has yet to compute.
+            found = found.pin_memory() if x.is_cuda else found
+            module.inv_freq = found.to(x.device, non_blocking=True)
         else:
             module.inv_freq = module.original_inv_freq.to(x.device)
         return self._forward(module, x, position_ids)

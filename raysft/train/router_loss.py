@@ -29,6 +29,7 @@ from raysft.models.attention import without_adapters
 from raysft.models.routers import watchable_routers
 from raysft.train.job import Batch
 from raysft.train.sequence_group import ALONE, SequenceGroup
+from raysft.train.uploads import uploaded
 
 Routed = tuple[torch.Tensor, torch.Tensor]
 """Probabilities [tokens, experts] and choices [tokens, experts of a token] of a router."""
@@ -79,10 +80,9 @@ class RouterLoss:
                 f"train.router_aux_loss_coef={self.coefficient:g}, but no router of {self._name} was called; remove it"
             )
         lengths = np.bincount(example, minlength=count + 1)[:count]
-        own, device = group.cut_one(example, count), routed[0][0].device
-        return balance(
-            routed, torch.as_tensor(own, device=device), torch.as_tensor(lengths, device=device), group.processes
-        )
+        numbers = {"example": group.cut_one(example, count), "lengths": lengths}
+        on_device = uploaded({name: torch.as_tensor(each) for name, each in numbers.items()}, routed[0][0].device)
+        return balance(routed, **on_device, processes=group.processes)
 
     def _read(self, router: nn.Module, output: Any) -> Routed:
         if not (isinstance(output, tuple) and len(output) == 3 and not torch.is_floating_point(output[2])):
