@@ -11,6 +11,7 @@ import torch
 
 from raysft.config import Config
 from raysft.errors import RequestError, RunFailed
+from raysft.models.examples import known_lengths
 from raysft.models.media_inputs import kinds_argument
 from raysft.models.model_class import class_of
 from raysft.models.transformers_internals import (
@@ -209,7 +210,12 @@ def _examples(
 
 
 def example_lengths(position_ids: torch.Tensor) -> list[int]:
-    """Return the tokens of each example, over all rows, one after the other."""
+    """Return the tokens of each example, over all rows, one after the other.
+
+    If they are not known from before the pass, a GPU is asked for them, in each layer.
+    """
+    if (known := known_lengths(position_ids)) is not None:
+        return known
     begins = (position_ids.reshape(-1) == 0).nonzero().flatten().tolist()
     return [end - start for start, end in zip(begins, [*begins[1:], position_ids.numel()], strict=True)]
 

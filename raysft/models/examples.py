@@ -79,13 +79,32 @@ class _Current:
     may run in another thread."""
 
     examples: Examples | None = None
+    positions: torch.Tensor | None = None
 
 
-def begin(examples: Examples | None) -> None:
-    """Say what the forward pass that follows computes; None: all tokens of its rows are here, and nothing is known of them."""
-    _Current.examples = examples
+def begin(examples: Examples | None, positions: torch.Tensor | None = None) -> None:
+    """Say what the forward pass that follows computes.
+
+    Args:
+        examples: of its rows; None: all their tokens are here, and nothing is known of them.
+        positions: [rows, tokens], or planes of them of which the first one tells examples apart, as the model is given them. They
+            are kept until the next pass, so that no other tensor can lie in their memory.
+    """
+    _Current.examples, _Current.positions = examples, positions
 
 
 def current() -> Examples | None:
     """Return what ``begin`` was told."""
     return _Current.examples
+
+
+def known_lengths(positions: torch.Tensor) -> list[int] | None:
+    """Return the tokens of each example of whole rows; None if ``begin`` was not told of the rows that have these positions.
+
+    Numbers of an earlier pass are never taken: that they fit is seen from where the positions lie, not from how many they are.
+    """
+    examples, told = _Current.examples, _Current.positions
+    if examples is None or examples.part is not None or told is None or told.device != positions.device:
+        return None
+    same = told.data_ptr() == positions.data_ptr() and told.dtype == positions.dtype
+    return list(examples.lengths) if same and sum(examples.lengths) == positions.numel() else None

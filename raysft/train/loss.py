@@ -182,7 +182,7 @@ class TokenLoss(nn.Module):
             inputs["attention_mask"] = attention_mask
         if self.towers is not None:
             inputs |= self.towers.kinds(input_ids)
-        begin(examples)
+        begin(examples, position_ids)
         told = nullcontext() if examples is None else known_examples(examples.several)
         noise = None
         if neftune_alpha is not None:

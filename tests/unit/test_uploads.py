@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,18 +11,22 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import LlamaConfig, LlamaForCausalLM, modeling_flash_attention_utils
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, modeling_flash_attention_utils
 
 from raysft.config import parse
 from raysft.data.types import IGNORE_INDEX
 from raysft.models import sequence_attention
+from raysft.models.attention import EXAMPLEWISE, WITH_SINKS, use_examplewise
 from raysft.models.dynamic_rope import scale_each_example
 from raysft.models.examples import Examples, Slice, begin
 from raysft.models.sequence_attention import use_sequence
-from raysft.models.transformers_internals import known_examples
+from raysft.models.transformers_internals import attention_implementation, known_examples
 from raysft.train.loss import TokenLoss
+from raysft.train.router_loss import RouterLoss
 from raysft.train.step import microbatches
+from raysft.train.step_rows import cut
 from raysft.train.uploads import predicting, uploaded
+from tests import tiny
 
 ASKS = {"_local_scalar_dense", "nonzero", "bincount", "masked_select", "equal", "is_nonzero", "unique_dim", "_unique2"}
 """Operators whose result, or its size, depends on numbers that a GPU must have computed first."""
@@ -30,7 +35,10 @@ NEEDED = {"model": {"path": "m"}, "data": {"train": [{"name": "a", "path": "a"}]
 
 
 class Questions(TorchDispatchMode):
-    """Notes the operators for which the processor would wait for a GPU."""
+    """Notes the operators for which the processor would wait for a GPU.
+
+    Copies, for which it waits unless they come from pinned memory, are not seen on a CPU; ``tests/gpu/test_uploads.py`` sees them.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,6 +79,31 @@ def model(attention: str = "sdpa") -> Any:
     return made
 
 
+def recomputing() -> Any:
+    made = model()
+    made.gradient_checkpointing_enable({"use_reentrant": False})
+    return made
+
+
+def with_dynamic_positions() -> Any:
+    """A model for whose own positions all examples of ``rows`` but one are too long."""
+    config = model().config
+    config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    config.max_position_embeddings = 4
+    made = LlamaForCausalLM(config).eval()
+    scale_each_example(made)
+    return made
+
+
+def with_sinks(folder: Path) -> Any:
+    """gpt-oss: experts, and an attention of raysft's own."""
+    made = AutoModelForCausalLM.from_pretrained(tiny.tiny_mixture(folder, "gpt_oss", **tiny.FAMILIES["gpt_oss"]))
+    made.config.use_cache = False
+    use_examplewise(made, parse(NEEDED))
+    assert attention_implementation(made) == WITH_SINKS
+    return made
+
+
 def asked_for(loss: TokenLoss, inputs: dict[str, Any]) -> tuple[list[str], tuple[torch.Tensor, ...]]:
     with Questions() as questions:
         found = loss(**inputs, number_of_sources=2)
@@ -97,8 +130,7 @@ def test_the_loss_asks_a_gpu_for_nothing(noise):
 @pytest.mark.parametrize("shared", [False, True])
 def test_neither_layers_that_are_recomputed_nor_noise_on_slices_ask_it(monkeypatch, shared):
     (inputs,) = microbatches(rows(), 2, CPU)
-    plain = model()
-    plain.gradient_checkpointing_enable({"use_reentrant": False})
+    plain = recomputing()
     if shared:
         use_sequence(plain, parse({**NEEDED, "scaling": {"sequence_parallel": 2, "num_workers": 2}}))
         monkeypatch.setattr(sequence_attention, "_exchanged", lambda parts, processes: parts)
@@ -114,11 +146,7 @@ def test_neither_layers_that_are_recomputed_nor_noise_on_slices_ask_it(monkeypat
 def test_dynamic_positions_ask_a_gpu_for_nothing():
     """Examples of 4 to 9 tokens, of which all but one are longer than the model's own positions."""
     (inputs,) = microbatches(rows(), 2, CPU)
-    made = model()
-    made.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
-    made.config.max_position_embeddings = 4
-    made = LlamaForCausalLM(made.config).eval()
-    scale_each_example(made)
+    made = with_dynamic_positions()
     try:
         asked, found = asked_for(TokenLoss(made), inputs)
         assert not asked
@@ -128,6 +156,56 @@ def test_dynamic_positions_ask_a_gpu_for_nothing():
         begin(None)
     assert "_unique2" in found_out
     assert torch.equal(found[0], derived)
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_neither_attention_with_sinks_nor_the_loss_of_routers_asks_it(tmp_path, recomputed):
+    (part,), (inputs,) = cut(rows(), 2), microbatches(rows(), 2, CPU)
+    made = with_sinks(tmp_path)
+    if recomputed:
+        made.gradient_checkpointing_enable({"use_reentrant": False})
+    loss, routers = TokenLoss(made).train(), RouterLoss(made, 0.01)
+
+    def compute(told: dict[str, Any]) -> tuple[list[str], torch.Tensor, torch.Tensor]:
+        made.zero_grad()
+        with Questions() as questions:
+            with routers:
+                found = loss(**told, number_of_sources=2)[0]
+            (found + routers(part)).backward()
+        return questions.found, found, made.model.layers[0].self_attn.sinks.grad.clone()
+
+    try:
+        asked, *found = compute(inputs)
+        assert not asked
+        found_out, *derived = compute({name: value for name, value in inputs.items() if name != "examples"})
+    finally:
+        begin(None)
+    assert found_out == ["nonzero"] * (4 if recomputed else 2), "in each layer"
+    for one, other in zip(found, derived, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+def test_lengths_of_other_rows_are_never_taken(tmp_path, sinks):
+    """Of as many examples and tokens, in the pass before."""
+    made = with_sinks(tmp_path) if sinks else model()
+    if not sinks:
+        use_examplewise(made, parse(NEEDED))
+        assert attention_implementation(made) == EXAMPLEWISE
+    loss, ids = TokenLoss(made), torch.arange(16)[None] % 29 + 4
+    before, after = (torch.tensor([[*range(n), *range(16 - n)]]) for n in (5, 9))
+    with torch.no_grad():
+        try:
+            expected = made.base_model(input_ids=ids, position_ids=after).last_hidden_state
+            told = Examples.of_rows(before.numpy())
+            first = loss.hidden_states(made.base_model, ids, before, examples=told)
+            found = made.base_model(input_ids=ids, position_ids=after).last_hidden_state
+            again = made.base_model(input_ids=ids, position_ids=before.clone()).last_hidden_state
+        finally:
+            begin(None)
+    assert torch.equal(found, expected)
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, expected)
 
 
 @pytest.mark.parametrize("version", [2, 3])
