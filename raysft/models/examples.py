@@ -53,11 +53,9 @@ class Examples:
         Args:
             positions: [rows, tokens], starting at 0 in each example, and where padding begins.
         """
-        begins = positions == 0
-        begins[:, 0] = True
-        lengths = np.diff(np.append(np.flatnonzero(begins), positions.size))
+        lengths = example_lengths(positions)
         of_tokens = np.repeat(lengths, lengths).reshape(positions.shape)
-        return cls._of(lengths.tolist(), bool(begins[:, 1:].any()), of_tokens)
+        return cls._of(lengths.tolist(), len(lengths) > len(positions), of_tokens)
 
     @classmethod
     def of_part(cls, lengths: Sequence[int], part: Slice) -> Examples:
@@ -72,6 +70,21 @@ class Examples:
     def with_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Examples:
         """Return the same with other tensors, such as copies on a device."""
         return replace(self, bounds=change(self.bounds), lengths_of_tokens=change(self.lengths_of_tokens))
+
+
+def example_lengths(positions: np.ndarray) -> np.ndarray:
+    """Return how many tokens each example of some rows has, one row after the other; padding counts as an example.
+
+    >>> example_lengths(np.array([[0, 1, 2, 0], [4, 5, 0, 1]])).tolist()
+    [3, 1, 2, 2]
+
+    Args:
+        positions: [rows, tokens], starting at 0 in each example, and where padding begins. Each row begins with an example,
+            whatever its first position.
+    """
+    begins = positions == 0
+    begins[:, 0] = True
+    return np.diff(np.append(np.flatnonzero(begins), positions.size))
 
 
 class _Current:

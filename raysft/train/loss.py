@@ -15,7 +15,7 @@ from raysft.models.attention import is_varlen, takes_examples, without_adapters
 from raysft.models.examples import Examples, begin
 from raysft.models.media_inputs import has_planes
 from raysft.models.transformers_internals import known_examples
-from raysft.train.objective import CROSS_ENTROPY, Objective, lengths_of_tokens
+from raysft.train.objective import CROSS_ENTROPY, Objective
 from raysft.train.reference import Reference
 from raysft.train.router_loss import RouterLoss
 from raysft.train.towers import Towers, changed_embeddings
@@ -82,8 +82,8 @@ class TokenLoss(nn.Module):
             score: True in evaluations: measure the cross-entropy, and count correct predictions.
             images: of all rows, in order (``media_inputs``).
             predicting: what ``uploads.predicting`` says of the targets. Default: it is found out here, for which a GPU must wait.
-            examples: where the examples lie; likewise. If other workers have other tokens of the rows, each returns sums over
-                its own.
+            examples: where the examples lie; likewise, but noise on the embeddings needs them. If other workers have other
+                tokens of the rows, each returns sums over its own.
 
         Returns:
             The weighted sum of the losses (float32); [number_of_sources] the same sum per source, without gradient; and the number
@@ -165,10 +165,10 @@ class TokenLoss(nn.Module):
     ) -> torch.Tensor:
         """Compute the states that go into the output head: [rows, tokens, size].
 
-        The arguments are those of ``forward``, a strength of noise on the embeddings, and a mask for a decoder that cannot derive
-        one from the positions.
+        The arguments are those of ``forward``, a strength of noise on the embeddings, which needs the examples, and a mask for a
+        decoder that cannot derive one from the positions.
         """
-        shape, starts = input_ids.shape, position_ids if position_ids.ndim == 2 else position_ids[0]
+        shape = input_ids.shape
         if has_planes(decoder) and position_ids.ndim == 2:
             # Qwen's positions in time, height and width, of which text has three equal ones, follow those that keep examples apart.
             position_ids = position_ids.expand(4, *shape)
@@ -186,8 +186,8 @@ class TokenLoss(nn.Module):
         told = nullcontext() if examples is None else known_examples(examples.several)
         noise = None
         if neftune_alpha is not None:
-            lengths = lengths_of_tokens(starts) if examples is None else examples.lengths_of_tokens
-            noise = neftune_alpha, lengths.view(input_ids.shape)
+            assert examples is not None
+            noise = neftune_alpha, examples.lengths_of_tokens.view(input_ids.shape)
         with told, changed_embeddings(decoder, self.towers, images is None, noise):
             # Without a cache, transformers derives the examples from the positions; with a cache it silently does not.
             output = decoder(input_ids=input_ids, **inputs, position_ids=position_ids, use_cache=False)

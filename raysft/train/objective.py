@@ -91,19 +91,6 @@ CROSS_ENTROPY = Objective()
 """The objective of evaluations, whatever the training objective is."""
 
 
-def lengths_of_tokens(position_ids: torch.Tensor) -> torch.Tensor:
-    """Return the length of the example that each token is of: [rows, tokens].
-
-    Args:
-        position_ids: [rows, tokens], starting at 0 in each example.
-    """
-    starts = position_ids == 0
-    starts[:, 0] = True
-    example = starts.reshape(-1).cumsum(0) - 1
-    # ``bincount`` would make a GPU wait.
-    return torch.zeros_like(example).index_add(0, example, torch.ones_like(example))[example].view(position_ids.shape)
-
-
 def embedding_noise(lengths: torch.Tensor, size: int, alpha: float) -> torch.Tensor:
     """NEFTune's noise (Jain et al. 2024): uniform in ± alpha / √(L · d), L the length of the token's example.
 

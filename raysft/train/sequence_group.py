@@ -17,7 +17,7 @@ import torch.distributed as dist
 from raysft.config.scaling import slice_tokens
 from raysft.data.types import IGNORE_INDEX
 from raysft.errors import RunFailed
-from raysft.models.examples import Examples, Slice
+from raysft.models.examples import Examples, Slice, example_lengths
 from raysft.train.job import COLLECTIVE_SECONDS, Batch
 
 
@@ -68,14 +68,11 @@ class SequenceGroup:
         """
         if self.size == 1:
             return part, Examples.of_rows(part["position_ids"])
-        positions = part["position_ids"].reshape(-1)
-        width = self.slice_tokens(len(positions))
-        missing = width * self.size - len(positions)
-        begins = [*np.flatnonzero(positions == 0).tolist(), len(positions)]
-        lengths = [
-            *np.diff(begins).tolist(),
-            *([missing] if missing else []),
-        ]  # what is missing becomes an example of its own
+        tokens = part["position_ids"].size
+        width = self.slice_tokens(tokens)
+        missing = width * self.size - tokens
+        # What is missing becomes an example of its own.
+        lengths = [*example_lengths(part["position_ids"]).tolist(), *([missing] if missing else [])]
         start, stop = self.place * width, (self.place + 1) * width
         empty = {"targets": np.full(missing, IGNORE_INDEX), "position_ids": np.arange(missing)}
         cut = {

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from raysft.data.types import IGNORE_INDEX
-from raysft.train.objective import Objective, embedding_noise, lengths_of_tokens
+from raysft.train.objective import Objective, embedding_noise
 
 VOCABULARY = 50
 
@@ -129,10 +129,8 @@ def test_asft_without_a_divergence_is_dft(logits):
 
 
 def test_noise_on_embeddings_is_bounded_by_the_length_of_each_example():
-    positions = torch.tensor([[0, 1, 2, 0, 1], [0, 1, 2, 3, 4]])
-    noise = embedding_noise(lengths_of_tokens(positions), 16, 5.0)
-    bounds = torch.tensor([[3, 3, 3, 2, 2], [5] * 5])
-    limit = 5.0 / (bounds * 16).sqrt()
+    noise = embedding_noise(torch.tensor([[4, 4, 4, 4, 1], [9] * 5]), 16, 5.0)
+    limit = torch.tensor([[0.625] * 4 + [1.25], [5 / 12] * 5])
     assert (noise.abs() <= limit[..., None]).all()
     assert (noise.abs().amax(-1) > 0.6 * limit).all()
     assert abs(noise.mean().item()) < 0.1
