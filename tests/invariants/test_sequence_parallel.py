@@ -192,7 +192,7 @@ def test_rows_are_what_the_ways_must_get_right(prepared):
 def test_workers_that_share_rows_train_as_one_worker_does(trained, way):
     one, shared = trained[way]
     assert (one.failure, shared.failure) == ("", "")
-    assert len(one.losses) > 1
+    assert len(one.losses) == 2 if BEST.items() <= WAYS[way][-1].items() else len(one.losses) > 2
     if BFLOAT16.items() <= WAYS[way][-1].items():
         assert_rounded(one, shared)
         return
@@ -217,9 +217,9 @@ def courses(result: Result) -> list[tuple[str, int]]:
 
 def assert_rounded(one: Result, other: Result) -> None:
     """Both trainings in bfloat16 are the same but for what rounding makes of it."""
-    np.testing.assert_allclose(one.losses, other.losses, rtol=2e-3)
+    np.testing.assert_allclose(one.losses, other.losses, rtol=5e-4)
     np.testing.assert_allclose(one.norms, other.norms, rtol=1e-2)
-    assert one.evaluation["eval_loss"] == pytest.approx(other.evaluation["eval_loss"], rel=2e-3)
+    assert one.evaluation["eval_loss"] == pytest.approx(other.evaluation["eval_loss"], rel=5e-4)
 
 
 def test_ways_end_early_and_skip_a_step(trained):
