@@ -41,7 +41,7 @@ class _Examplewise:
         if examples is not None and examples.lengths_of_tokens.numel() == position_ids.numel():
             lengths, known = examples.lengths_of_tokens.reshape(position_ids.shape), sorted(set(examples.lengths))
         else:
-            lengths = example_lengths(position_ids)
+            lengths = lengths_of_tokens(position_ids)
             known = lengths.unique().tolist()  # for which a GPU must be asked
         found = self._scaled(x, position_ids.where(lengths <= own, 0), own)
         for length in known:
@@ -70,10 +70,10 @@ def _where(chosen: torch.Tensor, found: Any, otherwise: Any) -> Any:
     return torch.where(chosen[..., None], found, otherwise)
 
 
-def example_lengths(position_ids: torch.Tensor) -> torch.Tensor:
+def lengths_of_tokens(position_ids: torch.Tensor) -> torch.Tensor:
     """Return for each token the length of its example, which ends before a position that does not follow.
 
-    >>> example_lengths(torch.tensor([[0, 1, 2, 0, 1, 0], [7, 8, 0, 0, 1, 2]])).tolist()
+    >>> lengths_of_tokens(torch.tensor([[0, 1, 2, 0, 1, 0], [7, 8, 0, 0, 1, 2]])).tolist()
     [[3, 3, 3, 2, 2, 1], [9, 9, 1, 3, 3, 3]]
     """
     last = torch.ones_like(position_ids, dtype=torch.bool)
