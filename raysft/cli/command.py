@@ -54,7 +54,7 @@ def _exit_code(parsed: argparse.Namespace) -> int:
         print(f"raysft: failed: {masked(str(error))}", file=sys.stderr)
         return 1
     except RunStopped as stopped:
-        print(f"raysft: {masked(str(stopped))}; run the same command again to go on", file=sys.stderr)
+        print(f"raysft: {masked(str(stopped))}; run the same command again to resume", file=sys.stderr)
         return 75
     except BrokenPipeError:
         return 0

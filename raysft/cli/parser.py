@@ -12,22 +12,20 @@ from raysft.cli import verbs
 from raysft.config.reference import reference
 from raysft.storage.path import StoragePath
 
-EXIT_CODES = (
-    "exit codes: 0 done, 1 the run failed, 2 the request was wrong, 75 stopped early (run it again), 130 interrupted"
-)
+EXIT_CODES = "exit codes: 0 done, 1 the run failed, 2 invalid request, 75 stopped early (run it again), 130 interrupted"
 RUN_DIR = "run directory: a path or a URI"
-JOB = "name of a job, as raysft submit prints it"
-DASHBOARD = "dashboard of the cluster, http://HOST:8265 or https://HOST"
+JOB = "job name, as printed by raysft submit"
+DASHBOARD = "URL of the cluster's Ray dashboard, http://HOST:8265 or https://HOST"
 ALLOW_CHANGED = (
-    "resume a run that started with other settings, if they can change (see below); the new settings apply from the next step, "
-    "other data from the next epoch, and changes.jsonl records them"
+    "resume a run that was started with different settings, if those can change (see below); new settings apply from the next "
+    "step, new data from the next epoch, and changes.jsonl records them"
 )
 RAYJOB = (
-    "in a RayJob, which KubeRay starts again whenever it fails: if that would not help (exit code 2, or 75 after a time limit or "
-    "raysft stop), have the job stopped through this dashboard of its cluster"
+    "for use in a RayJob, which KubeRay restarts whenever it fails: if a restart would not help (exit code 2, or 75 after a "
+    "time limit or raysft stop), stop the job through its cluster's dashboard at this URL"
 )
 DTYPES = ("float32", "bfloat16", "float16")
-PROGRESS = "Progress goes to standard output. An error is one line on standard error that names the remedy."
+PROGRESS = "Progress goes to standard output. Errors are one line on standard error and say how to fix the problem."
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -52,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"raysft {__version__}")
-    commands = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_stages(commands)
     _add_report(commands)
     _add_export(commands)
@@ -87,10 +85,10 @@ def _add_stages(commands: argparse._SubParsersAction) -> None:
     evaluate = _add_config_verb(
         commands,
         verbs.evaluate,
-        "evaluate the trained model, or any other one with evaluate.model=PATH and a run.name of its own",
+        "evaluate the trained model, or any other model with evaluate.model=PATH and a separate run.name",
     )
     generate = _add_config_verb(commands, verbs.generate, "generate predictions and score them")
-    tune = _add_config_verb(commands, verbs.tune, "sweep: try the values of tune.space, each in a whole run")
+    tune = _add_config_verb(commands, verbs.tune, "run a sweep: try the values in tune.space, each in a complete run")
     for resumable in (run, train):
         resumable.add_argument("--allow-changed", action="store_true", help=ALLOW_CHANGED)
     for submitted in (run, tune, evaluate, generate):
@@ -101,13 +99,16 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
     report = _add_verb(
         commands,
         verbs.report,
-        "write the report, plots and model card of a run directory, the page of a sweep, or a page that compares several runs",
+        "write the report, plots and model card of a run, the page of a sweep, or a page that compares several runs",
     )
     report.add_argument(
-        "run_dirs", nargs="+", metavar="RUN_DIR", help=f"{RUN_DIR}; of several, the first is compared with"
+        "run_dirs", nargs="+", metavar="RUN_DIR", help=f"{RUN_DIR}; with several, the first is the baseline"
     )
     report.add_argument(
-        "--output", type=_local, metavar="FILE", help=f"page that compares several runs (default {verbs.COMPARISON})"
+        "--output",
+        type=_local,
+        metavar="FILE",
+        help=f"page to write when comparing several runs (default {verbs.COMPARISON})",
     )
 
 
@@ -115,26 +116,29 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
     convert = _add_verb(
         commands,
         verbs.convert,
-        "print a config of LLaMA-Factory as one of raysft, with comments where meanings differ; all verbs take it as it is, too",
+        "print a LLaMA-Factory config as a raysft config, with comments where meanings differ; all commands also accept "
+        "LLaMA-Factory configs directly",
     )
-    convert.add_argument("file", metavar="FILE", help="YAML file for llamafactory-cli train, stages sft and pt")
+    convert.add_argument("file", metavar="FILE", help="YAML file for llamafactory-cli train (stages sft and pt)")
     convert.add_argument(
-        "overrides", nargs="*", metavar="key=value", default=[], help="keys of raysft or of LLaMA-Factory to set"
+        "overrides", nargs="*", metavar="key=value", default=[], help="raysft or LLaMA-Factory keys to set"
     )
-    convert.add_argument("--output", type=_local, metavar="NEW_FILE", help="file to write instead; must not exist")
+    convert.add_argument(
+        "--output", type=_local, metavar="NEW_FILE", help="file to write instead of standard output; must not exist"
+    )
 
 
 def _add_export(commands: argparse._SubParsersAction) -> None:
     export = _add_verb(
         commands,
         verbs.export,
-        "write a model for transformers and peft, with adapters merged, into a folder or to the Hugging Face hub",
+        "export a model for transformers and peft, with adapters merged, to a folder or the Hugging Face Hub",
     )
     export.add_argument(
         "source",
         metavar="RUN_DIR|RUN_DIR/checkpoints/STEP|MODEL",
-        help="a run directory, for its trained model; one of its checkpoints, for the model after that step; any other model or "
-        "adapter: a folder, a URI, a GGUF file or an id of the hub; or a YAML file for llamafactory-cli export",
+        help="a run directory, for its trained model; one of its checkpoints, for the model after that step; any other model "
+        "or adapter: a folder, a URI, a GGUF file or a Hub id; or a YAML file for llamafactory-cli export",
     )
     export.set_defaults(parser=export)
     export.add_argument(
@@ -145,35 +149,37 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
         nargs="+",
         metavar="ADAPTER",
         default=[],
-        help="adapters to merge into the model, in this order: folders, URIs, ids of the hub, runs or their checkpoints",
+        help="adapters to merge into the model, in this order: folders, URIs, Hub ids, runs or their checkpoints",
     )
     export.add_argument(
-        "--no-merge", action="store_true", help="write the adapter as it is, without its base; there must be only one"
+        "--no-merge",
+        action="store_true",
+        help="write the adapter unmerged, without its base model; there must be only one",
     )
     export.add_argument(
         "--dtype",
         choices=DTYPES,
-        help="data type of the weights; default: that of the training, or the model's own if no run has trained it. Adapters are "
-        "merged in float32 and rounded once",
+        help="data type of the weights; default: that used in training, or the model's own if it was not trained by a run. "
+        "Adapters are merged in float32 and rounded once",
     )
     export.add_argument(
         "--shard-size",
         type=_size,
         metavar="SIZE",
-        help="most that a file of weights holds, for example 2GB; default: 5GB, but a model that needs no change keeps its files",
+        help="maximum size of a weight file, for example 2GB; default: 5GB, but a model that needs no changes keeps its files",
     )
     export.add_argument(
         "--trust-remote-code",
         action="store_true",
-        help="let code that comes with the model or an adapter run, if adapters are merged into it; read the code first",
+        help="allow code that comes with the model or an adapter to run when adapters are merged; read the code first",
     )
     export.add_argument(
         "--push",
         metavar="ORG/NAME",
-        help="upload the model with its card, as one commit, to this repository of the hub, which is created if it does not exist; "
+        help="upload the model with its card, in one commit, to this Hub repository, which is created if it does not exist; "
         "needs HF_TOKEN or hf auth login",
     )
-    export.add_argument("--private", action="store_true", help="create the repository of --push as a private one")
+    export.add_argument("--private", action="store_true", help="make the repository that --push creates private")
 
 
 def _local(text: str) -> Path:
@@ -186,7 +192,7 @@ def _local(text: str) -> Path:
         raise argparse.ArgumentTypeError("is empty; give a path")
     if "://" in text and not text.startswith("file://"):
         raise argparse.ArgumentTypeError(
-            f"{StoragePath.of(text)} is not on this machine; use a local path, and copy it there afterwards"
+            f"{StoragePath.of(text)} is not on this machine; use a local path, and copy the result there afterwards"
         )
     return Path(StoragePath.of(text).location) if text.startswith(("file://", "~")) else Path(text)
 
@@ -205,30 +211,37 @@ def _size(text: str) -> str:
 
 def _add_cluster_verbs(commands: argparse._SubParsersAction) -> None:
     submit = _add_config_verb(
-        commands, verbs.submit, "run a config as a job on a cluster; the same command again attaches to the job"
+        commands, verbs.submit, "run a config as a job on a cluster; running the same command again attaches to the job"
     )
     submit.add_argument(
-        "--to", required=True, metavar="WHERE", help=f"{DASHBOARD}; or {verbs.KUBERNETES}, with KubeRay and kubectl"
+        "--to",
+        required=True,
+        metavar="WHERE",
+        help=f"{DASHBOARD}; or {verbs.KUBERNETES}, which uses KubeRay and kubectl",
     )
     submit.add_argument(
-        "--render", metavar="FILE", help=f"with --to {verbs.KUBERNETES}: only write the documents, - to standard output"
+        "--render",
+        metavar="FILE",
+        help=f"with --to {verbs.KUBERNETES}: only write the manifests (-: to standard output)",
     )
     submit.add_argument(
         "--follow",
         action=argparse.BooleanOptionalAction,
-        help="show what the job prints until it has ended, and exit as it does (default on a terminal); Ctrl-C leaves the job "
-        "running, twice stops it",
+        help="stream the job's output until it ends, and exit with its exit code (default in a terminal); Ctrl-C leaves the "
+        "job running, pressing it twice stops the job",
     )
     submit.add_argument("--allow-changed", action="store_true", help=ALLOW_CHANGED)
-    follow = _add_verb(commands, verbs.follow, "show what a job prints until it has ended, and exit as it does")
+    follow = _add_verb(commands, verbs.follow, "stream a job's output until it ends, and exit with its exit code")
     follow.add_argument("job", metavar="JOB", help=JOB)
     follow.add_argument("--to", required=True, metavar="URL", help=DASHBOARD)
-    status = _add_verb(commands, verbs.status, "say how far a job or a run is, and what to do next")
+    status = _add_verb(commands, verbs.status, "show the progress of a job or run, and what to do next")
     status.add_argument("job_or_run_dir", metavar="JOB_OR_RUN_DIR", help=f"{JOB}; or {RUN_DIR}")
-    status.add_argument("--to", metavar="URL", help=f"{DASHBOARD}; for a job")
-    stop = _add_verb(commands, verbs.stop, "stop a job or a run after a checkpoint, and wait until it has ended")
+    status.add_argument("--to", metavar="URL", help=f"{DASHBOARD}; for jobs only")
+    stop = _add_verb(
+        commands, verbs.stop, "stop a job or run after it has saved a checkpoint, and wait until it has ended"
+    )
     stop.add_argument("job_or_run_dir", metavar="JOB_OR_RUN_DIR", help=f"{JOB}; or {RUN_DIR}")
-    stop.add_argument("--to", metavar="URL", help=f"{DASHBOARD}; for a job")
+    stop.add_argument("--to", metavar="URL", help=f"{DASHBOARD}; for jobs only")
 
 
 def _add_verb(
@@ -247,7 +260,7 @@ def _add_verb(
 
 def _add_config_verb(commands: argparse._SubParsersAction, verb: verbs.Verb, summary: str) -> argparse.ArgumentParser:
     parser = _add_verb(commands, verb, summary, f"config keys\n\n{reference(sections=verbs.SECTIONS_OF[verb])}")
-    parser.add_argument("config", metavar="CONFIG", help="YAML file of raysft or of LLaMA-Factory")
+    parser.add_argument("config", metavar="CONFIG", help="raysft or LLaMA-Factory YAML file")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", default=[], help="config keys to set, such as train.epochs=2"
     )

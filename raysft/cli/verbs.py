@@ -132,12 +132,18 @@ def export(parsed: argparse.Namespace) -> None:
         parsed = _from_file(parsed)
     if parsed.output is None and parsed.push is None:
         raise RequestError(
-            "export writes nowhere without --output and --push; add --output DIR, --push ORG/NAME, or both"
+            "export needs --output or --push to know where to write; add --output DIR, --push ORG/NAME, or both"
         )
     if parsed.private and parsed.push is None:
-        raise RequestError("--private: is for a new repository of the hub; add --push ORG/NAME, or remove it")
+        raise RequestError(
+            "--private applies to the Hub repository that --push creates, but --push is missing; add --push ORG/NAME, or "
+            "remove it"
+        )
     if parsed.shard_size is not None and parsed.no_merge:
-        raise RequestError("--shard-size: an adapter is one file (--no-merge); remove one of them")
+        raise RequestError(
+            "--shard-size applies to whole models, but --no-merge writes an adapter, which is a single file; remove one of "
+            "them"
+        )
     from raysft.run.export import Form, Push, export
 
     push = Push(parsed.push, parsed.private) if parsed.push is not None else None
@@ -175,7 +181,7 @@ def submit(parsed: argparse.Namespace) -> int:
         return _submit_to_kubernetes(parsed, config, following)
     if parsed.render is not None:
         raise RequestError(
-            f"--render {parsed.render}: writes documents for Kubernetes; use --to {KUBERNETES}, or remove it"
+            f"--render {parsed.render}: writes Kubernetes manifests; use --to {KUBERNETES}, or remove it"
         )
     from raysft.submit import submission
 
@@ -185,9 +191,13 @@ def submit(parsed: argparse.Namespace) -> int:
 
 def _submit_to_kubernetes(parsed: argparse.Namespace, config: Config, following: bool) -> int:
     if parsed.follow and parsed.render is not None:
-        raise RequestError(f"--render {parsed.render}: starts no job that --follow could follow; remove one of them")
+        raise RequestError(
+            f"--render {parsed.render}: only writes manifests, so there is no job to --follow; remove one of them"
+        )
     if parsed.allow_changed:
-        raise RequestError(f"--allow-changed: --to {KUBERNETES} has no such option; remove it, or use another run.name")
+        raise RequestError(
+            f"--allow-changed: --to {KUBERNETES} does not support this option; remove it, or use another run.name"
+        )
     from raysft.run.verb_checks import check_verb
     from raysft.submit import kubernetes
 
@@ -197,7 +207,7 @@ def _submit_to_kubernetes(parsed: argparse.Namespace, config: Config, following:
         name = kubernetes.submit(config, _say)
         if following:
             return _follow_on_kubernetes(config, name)
-        _say(f"look at it: {kubernetes.kubectl_command(config, f'get rayjob {name}')}")
+        _say(f"check on it: {kubernetes.kubectl_command(config, f'get rayjob {name}')}")
     elif parsed.render == "-":
         _write_utf8(kubernetes.render(config))
     else:
@@ -265,7 +275,8 @@ def _existing_run(run_dir: str) -> StoragePath:
     place = _run_path(run_dir)
     if place.local and not place.local.is_dir():
         raise RequestError(
-            f"{run_dir}: there is no such run directory; for a job, add the cluster's --to http://HOST:8265"
+            f"{run_dir}: no such run directory; correct the path, or for a job, add --to http://HOST:8265 with its cluster's "
+            "address"
         )
     return place
 

@@ -69,7 +69,7 @@ def job_request(config: Config, allow_changed: bool = False, commit: str | None 
     """
     verb = verb_of(config)
     if allow_changed and verb != "run":
-        raise RequestError(f"--allow-changed: raysft {verb} has no such option; remove it")
+        raise RequestError(f"--allow-changed: raysft {verb} does not support this option; remove it")
     refuse_local(config)
     text = config.to_yaml()
     digest = hashlib.sha256(text.encode("utf-8", errors="backslashreplace")).hexdigest()[:8]

@@ -598,7 +598,7 @@ def test_ctrl_c_ends_with_a_checkpoint_exit_code_75_and_one_line(folder):
         alarm.cancel()
     assert process.returncode == 75
     assert "raysft: stopped after step " in error
-    assert ": Ctrl-C; checkpoint written; run the same command again to go on" in error
+    assert ": Ctrl-C; checkpoint written; run the same command again to resume" in error
     assert "Traceback" not in error
 
 

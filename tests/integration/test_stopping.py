@@ -104,8 +104,8 @@ def test_what_is_stopped_in_each_way_and_goes_on_is_the_run_left_alone(folder, a
     said = capsys.readouterr()
     step = records(run)[-1][0]
     assert said.err == (
-        f"raysft: stopped after step {step}: alice needs the machine; checkpoint written; "
-        "run the same command again to go on\n"
+        f"raysft: stopped after step {step}: alice needs the machine; checkpoint written; run the same command again to "
+        "resume\n"
     )
     assert "alice needs the machine: the run ends as soon as its work is saved; Ctrl-C or SIGTERM once more" in said.out
     assert step < STEPS

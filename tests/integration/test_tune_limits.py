@@ -128,7 +128,7 @@ def test_a_sweep_whose_time_is_over_says_what_is_left(out_of_time):
 
 def test_a_sweep_that_is_asked_to_stop_ends_its_trial_with_a_checkpoint(asked):
     assert asked.code == 75
-    assert asked.err == "raysft: stopped: SIGTERM; 3 of 3 trials have not ended; run the same command again to go on\n"
+    assert asked.err == "raysft: stopped: SIGTERM; 3 of 3 trials have not ended; run the same command again to resume\n"
     (only,), (steps,) = asked.trials.values(), asked.logs.values()
     assert only.state == "interrupted"
     assert only.reason == f"stopped after step {len(steps)}: SIGTERM; checkpoint written"

@@ -167,7 +167,7 @@ def test_every_verb_refuses_a_missing_run_directory(tmp_path, capsys, verb):
     [
         (RequestError("wrong"), 2, "raysft: error: wrong\n"),
         (RunFailed("broke"), 1, "raysft: failed: broke\n"),
-        (RunStopped("stopped: SIGTERM"), 75, "raysft: stopped: SIGTERM; run the same command again to go on\n"),
+        (RunStopped("stopped: SIGTERM"), 75, "raysft: stopped: SIGTERM; run the same command again to resume\n"),
         (
             KeyboardInterrupt(),
             130,
@@ -297,9 +297,9 @@ def test_show_needs_at_least_one_row(config, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "raysft: error: the following arguments are required: VERB"),
+        ([], "raysft: error: the following arguments are required: COMMAND"),
         (["check"], "raysft check: error: the following arguments are required: CONFIG\n"),
-        (["rnu", "c.yaml"], "raysft: error: argument VERB: invalid choice: 'rnu' (choose from "),
+        (["rnu", "c.yaml"], "raysft: error: argument COMMAND: invalid choice: 'rnu' (choose from "),
         (["run", "c.yaml", "--fast"], "raysft: error: unrecognized arguments: --fast"),
         (["export", "a", "train.epochs=2", "--output", "b"], "raysft: error: unrecognized arguments: train.epochs=2"),
         (["submit", "c.yaml"], "raysft submit: error: the following arguments are required: --to"),
@@ -318,7 +318,7 @@ def test_help_names_every_verb_and_the_exit_codes(capsys):
     listed = [line.split()[0] for line in text.splitlines() if line.startswith("    ") and line.split()]
     assert {*WITH_CONFIG, *WITH_DIRECTORY, *WITH_CLUSTER, "config", "convert"} <= set(listed)
     assert (
-        "exit codes: 0 done, 1 the run failed, 2 the request was wrong, 75 stopped early (run it again), 130 interrupted"
+        "exit codes: 0 done, 1 the run failed, 2 invalid request, 75 stopped early (run it again), 130 interrupted"
         in text
     )
 

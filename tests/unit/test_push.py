@@ -288,7 +288,7 @@ def test_a_wish_that_contradicts_is_refused(there, trained, monkeypatch, tmp_pat
     assert push(trained) == 2
     assert holds(error_of(capsys), "raysft: error: --push org/sums: needs the hub, but HF_HUB_OFFLINE is set; unset it")
     assert main(["export", str(trained.path)]) == 2
-    assert holds(error_of(capsys), "raysft: error: … without --output and --push; add --output DIR, --push ORG/NAME")
+    assert holds(error_of(capsys), "raysft: error: export needs --output or --push … add --output DIR, --push ORG/NAME")
     assert main(["export", str(trained.path), "--output", str(tmp_path / "out"), "--private"]) == 2
     assert holds(error_of(capsys), "raysft: error: --private: … add --push ORG/NAME")
 

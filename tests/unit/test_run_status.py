@@ -173,7 +173,7 @@ def test_a_run_in_an_object_store_is_read_and_left_as_it_is(server: Server, run,
 
 
 @pytest.mark.parametrize(
-    ("folder", "parts_"), [("none", "no such run directory; for a job, add … --to"), ("", "no config.yaml")]
+    ("folder", "parts_"), [("none", "no such run directory; … for a job, add --to"), ("", "no config.yaml")]
 )
 def test_what_is_no_run_directory_is_one_line(tmp_path, capsys, folder, parts_):
     assert main(["status", str(tmp_path / folder)]) == 2
@@ -224,6 +224,4 @@ def test_where_nothing_runs_nothing_is_stopped_later(run, capsys):
     assert capsys.readouterr().out == f"{run}: nothing runs in it\n"
     assert not (run / "stop").exists()
     assert main(["stop", str(run / "none")]) == 2
-    assert holds(
-        capsys.readouterr().err.rstrip("\n"), f"raysft: error: {run}/none: there is no such run directory; … --to"
-    )
+    assert holds(capsys.readouterr().err.rstrip("\n"), f"raysft: error: {run}/none: no such run directory; … --to")

@@ -229,7 +229,7 @@ def test_changed_settings_are_allowed_to_a_run_alone(run):
         (job,) = server.jobs.values()
         line = refused(run, "submit", "toy.yaml", "--to", server.url, "--allow-changed", "generate.model=org/other")
     assert job.entrypoint == "exec raysft run config.yaml --allow-changed"
-    assert holds(line, "--allow-changed: raysft generate has no such option; remove it")
+    assert holds(line, "--allow-changed: raysft generate does not support this option; remove it")
 
 
 def test_what_the_verb_refuses_is_refused_before_anything_is_asked(run):
@@ -530,8 +530,8 @@ def test_documents_for_kubernetes_are_written_and_nothing_is_asked(run, monkeypa
     ("arguments", "parts"),
     [
         (["--to", "http://127.0.0.1:1", "--render", "-"], "--render -: … use --to kubernetes"),
-        (["--to", "kubernetes", "--follow", "--render", "-"], "--render -: starts no job … --follow"),
-        (["--to", "kubernetes", "--allow-changed"], "--allow-changed: --to kubernetes has no such option"),
+        (["--to", "kubernetes", "--follow", "--render", "-"], "--render -: only writes manifests … --follow"),
+        (["--to", "kubernetes", "--allow-changed"], "--allow-changed: --to kubernetes does not support this option"),
     ],
 )
 def test_what_kubernetes_does_not_do_is_refused(run, arguments, parts):
@@ -541,7 +541,7 @@ def test_what_kubernetes_does_not_do_is_refused(run, arguments, parts):
 def test_a_job_on_kubernetes_is_named(run, monkeypatch):
     kubernetes_config()
     monkeypatch.setattr(kubernetes, "submit", lambda config, notify: f"raysft-{config.run.name}-1")
-    assert run("submit", "toy.yaml", "--to", "kubernetes") == (0, "look at it: kubectl get rayjob raysft-toy-1\n", "")
+    assert run("submit", "toy.yaml", "--to", "kubernetes") == (0, "check on it: kubectl get rayjob raysft-toy-1\n", "")
 
 
 # Status and stop
