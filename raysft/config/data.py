@@ -32,7 +32,7 @@ def _number_or_fraction(value: Any) -> Any:
         raise ValueError("must be a fraction below 1, or a whole number of examples")
     if isinstance(value, float) and not 0 <= value < 1:
         raise ValueError(
-            "a fraction must be at least 0 and less than 1; write a number of examples without a decimal point"
+            "must be at least 0 and less than 1 if it is a fraction; write a number of examples without a decimal point"
         )
     if isinstance(value, int) and not 0 <= value <= LARGEST:
         raise ValueError(f"a number of examples must be between 0 and {LARGEST}")
@@ -59,26 +59,27 @@ class Source(Section):
     path: PathOrHubId | Annotated[list[PathOrHubId], Field(min_length=1)] | None = None
     """File, folder or glob, or a list of them: local, in object storage (``s3://``, ``gs://``, ``hdfs://``, ``abfs://``), on the
     Hugging Face Hub (``hf://datasets/``) or ModelScope (``ms://datasets/``), or ``package:NAME/GLOB`` for files of an installed
-    Python package. Not required for a source of ``data.registry``. Keep credentials in the environment, a profile or the machine's
-    role; a config that contains any is refused."""
+    Python package. Not required for a source of ``data.registry``. Keep credentials in the environment, a profile or the
+    machine's role; configs that contain credentials are rejected."""
     format: Format | None = None
     """Record format: ``alpaca`` (instruction, input, output), ``sharegpt`` (conversations with from/value), ``openai`` (messages
     with role/content), ``prompt_completion`` (two texts or two lists of messages), ``turns`` (a list of texts that alternates
     between user and assistant), ``texts`` (a list of pairs of user and assistant), ``text``, or ``tokenized`` (input_ids, labels).
     Default: inferred from the columns."""
     columns: dict[Column, Text | None] = {}
-    """Columns that have other names in the file: field → column, for example ``{output: answer}``, or ``null`` to ignore a field.
-    Once a column is mapped to one field, it is not also read as the field of its own name."""
+    """Columns whose names in the file differ from the field names: field → column, for example ``{output: answer}``, or
+    ``null`` to ignore a field. Once a column is mapped to one field, it is not also read as the field of its own name."""
     tags: dict[Tag, Text] = {}
-    """Keys and roles that have other names in a conversation: ``role`` and ``content`` are the keys of a turn; ``user``,
+    """Keys and roles that have different names in the conversations: ``role`` and ``content`` are the keys of a turn; ``user``,
     ``assistant``, ``observation``, ``function`` and ``system`` are its roles."""
     weight: Annotated[float, Field(gt=0)] | None = None
     """Weight of this source relative to the others; requires ``data.mixing`` other than concat. Default: 1."""
     slice: Annotated[str, AfterValidator(_slice_of_records)] | None = None
-    """Use only a slice of the records, as ``datasets`` writes it: ``:1000``, ``10%:20%`` or ``-100:``. With a percentage at one
-    end, the number at the other is one, too."""
+    """Use only a slice of the records, as ``datasets`` writes it: ``:1000``, ``10%:20%`` or ``-100:``. If one end is a
+    percentage, a number at the other end is also read as a percentage."""
     num_samples: Positive | None = None
-    """Sample N records at random, seeded with ``run.seed``. A source with fewer records gives all of them, and repeats some."""
+    """Sample N records at random, seeded with ``run.seed``. A source with fewer records contributes all of them and repeats
+    some."""
     max_examples: Positive | None = None
     """Use only the first N records, counted after sampling with ``num_samples``. Default: ``data.max_examples``."""
 
@@ -96,29 +97,31 @@ class DataSection(Section):
     """Sources, loss masks and rows."""
 
     train: Annotated[list[Source], Field(min_length=1)]
-    """Sources to train on, each with the keys of ``data.train[]``."""
+    """Sources to train on; each has the keys listed under ``data.train[]``."""
     eval: list[Source] = []
-    """Sources to evaluate and generate on, with the same keys as those of ``data.train``."""
+    """Sources to evaluate and generate on, with the same keys as ``data.train``."""
     registry: PathOrHubId | None = None
-    """A ``dataset_info.json`` in LLaMA-Factory's format, or its folder. A source without a path is looked up in it by name. As in
-    LLaMA-Factory, only the columns that the entry names are read. Settings of the source override those of its entry."""
+    """A ``dataset_info.json`` in LLaMA-Factory's format, or the folder that contains it. A source without a path is looked up
+    in it by name. As in LLaMA-Factory, only the columns that the entry names are read. Settings of the source override those of
+    the entry."""
     mixing: Literal["concat", "first_exhausted", "all_exhausted"] = "concat"
     """``concat``: use every example once per epoch. ``first_exhausted`` and ``all_exhausted``: in each epoch, draw examples in
     proportion to the weights of the sources until the first source, or every source, is used up (smaller sources repeat)."""
     max_examples: Positive | None = None
     """Use only the first N records of each source that has no ``max_examples`` of its own."""
     shuffle: bool = True
-    """Train in a random order, another one in each epoch. ``false``: in the order of the files, one source after the other;
-    packed rows are in the order of their first examples."""
+    """Train in random order, reshuffled every epoch. ``false``: in file order, one source after another; packed rows are
+    ordered by their first example."""
     duplicates: Literal["keep", "drop"] = "keep"
-    """What to do with training examples that say the same as others: the same roles, contents, calls and functions, whatever their
-    blanks. ``keep``: train on them, and count them. ``drop``: of several copies, train on the first alone, and on none that an
-    evaluation set has, so that evaluation sets stay as they are. Copies that ``num_samples`` draws count, too."""
+    """What to do with duplicate training examples: those with the same roles, contents, tool calls and functions, ignoring
+    whitespace. ``keep``: train on them, and report how many there are. ``drop``: train only on the first of several copies, and
+    on none that also occurs in an evaluation set; evaluation sets are left unchanged. Copies drawn by ``num_samples`` count as
+    duplicates, too."""
     holdout: Holdout = 0.0
     """Examples to hold out of training and evaluate on, under the names of their sources: a fraction of each training source
-    (``0.1``), or a number of examples of all of them together (``500``; ``1`` is one example). A stable hash of the opening of an
-    example decides, so that examples with the same opening are on the same side, in every run; a number is rounded up to the last
-    opening."""
+    (``0.1``), or a total number of examples across all of them (``500``; ``1`` is one example). A stable hash of each example's
+    opening decides, so that examples with the same opening always end up on the same side of the split, in every run; a number
+    is rounded up so that no opening is split."""
     sequence_length: Annotated[int, Field(ge=8, le=LARGEST, strict=True)] = 2048
     """Tokens per row."""
     packing: bool = True
@@ -142,30 +145,31 @@ class DataSection(Section):
     template_options: dict[str, Any] = {}
     """Variables for the chat template, for example ``{enable_thinking: false}``."""
     default_system: str | None = None
-    """System message of conversations that have none or an empty one, in place of the template's own. ``''``: no system message,
-    not even the template's own. ``null``: the template's own."""
+    """System message for conversations that have none or an empty one, instead of the template's default. ``''``: no system
+    message, not even the template's default. ``null``: the template's default."""
     thinking: Literal["template", "keep", "empty", "last"] = "template"
-    """Thoughts of assistant turns, in ``<think>`` tags at the beginning of a content or in ``reasoning_content``. ``template``:
-    what the chat template makes of them; many leave out those of earlier turns. ``keep``: write and train those of all turns.
-    ``empty``: as ``keep``, and turns without a thought get an empty one. ``last``: as ``empty`` in the last turn, and no
-    thoughts in the turns before it. With ``template_options: {enable_thinking: false}``, ``empty`` and ``last`` leave out all
-    thoughts, also in the middle of an answer, and give each turn an empty one, which is not trained and belongs to the prompt."""
+    """How to handle the reasoning of assistant turns, given in ``<think>`` tags at the start of the content or in
+    ``reasoning_content``. ``template``: leave it to the chat template; many omit the reasoning of earlier turns. ``keep``:
+    render and train on the reasoning of all turns. ``empty``: like ``keep``, but turns without reasoning get an empty reasoning
+    block. ``last``: like ``empty`` for the last turn, with no reasoning in the turns before it. With ``template_options:
+    {enable_thinking: false}``, ``empty`` and ``last`` remove all reasoning, even in the middle of an answer, and give each turn
+    an empty reasoning block, which is part of the prompt and not trained on."""
     media_dir: PathOrHubId | None = None
-    """Folder or URI that the relative paths of images begin in. Default: the folder of ``data.registry`` for files that it names,
-    and the folder of the data file for all others."""
+    """Folder or URI that relative image paths are resolved against. Default: the folder of ``data.registry`` for files that it
+    lists, and the folder of the data file for all others."""
     media_hosts: list[Text] = []
-    """Hosts that images may be downloaded from (``images.example.org``, or ``localhost:8080``): each image once, into the cache.
-    Records with images of other hosts are rejected, as are redirects to them."""
+    """Hosts that images may be downloaded from (``images.example.org``, or ``localhost:8080``); each image is downloaded once,
+    into the cache. Records with images on other hosts are rejected, as are redirects to them."""
     image_max_pixels: Positive | None = None
-    """Most pixels of an image: a larger one is scaled down, with its ratio, before the model's processor sees it, which has limits
-    of its own. Fewer pixels are fewer tokens."""
+    """Maximum number of pixels per image: larger images are scaled down, keeping their aspect ratio, before the model's
+    processor applies its own limits. Fewer pixels mean fewer tokens."""
     image_min_pixels: Positive | None = None
-    """Least pixels of an image: a smaller one is scaled up."""
+    """Minimum number of pixels per image: smaller images are scaled up."""
     max_rejected: Fraction = 0.0
-    """Fraction of records that may be unusable; with more, the run stops. ``rejected.jsonl`` lists them."""
+    """Maximum fraction of unusable records; above it, the run stops. ``rejected.jsonl`` lists them."""
     cache: Text | None = None
-    """Folder for tokenized shards, converted models and evaluations before the first step, shared by runs: a path that every node
-    of the cluster can see, or a URI. Default: ``{run.storage}/cache``."""
+    """Folder for tokenized shards, converted models and results of evaluations before the first step, shared by all runs: a
+    path that every node of the cluster can access, or a URI. Default: ``{run.storage}/cache``."""
 
     @field_validator("cache")
     @classmethod
@@ -177,7 +181,7 @@ class DataSection(Section):
     def _hosts_are_names(cls, value: list[str]) -> list[str]:
         for host in value:
             if not re.fullmatch(r"([A-Za-z0-9_-]+\.)*[A-Za-z0-9_-]+(:[0-9]+)?|\[[0-9a-fA-F:]+\](:[0-9]+)?", host):
-                raise ValueError(f"{host} is no name of a host; write it as images.example.org or localhost:8080")
+                raise ValueError(f"{host} is not a valid host name; write it as images.example.org or localhost:8080")
         return value
 
     @field_validator("media_dir")
@@ -203,7 +207,9 @@ class DataSection(Section):
         try:
             json.dumps(plain)
         except TypeError as error:
-            raise ValueError(f"use strings, numbers, booleans, lists and mappings ({one_line(error)})") from None
+            raise ValueError(
+                f"must contain only strings, numbers, booleans, lists and mappings ({one_line(error)})"
+            ) from None
         return plain
 
     @model_validator(mode="after")
@@ -216,7 +222,7 @@ class DataSection(Section):
     def _pixels_agree(self) -> DataSection:
         if self.image_max_pixels and self.image_min_pixels and self.image_min_pixels > self.image_max_pixels:
             raise ValueError(
-                f"image_min_pixels={self.image_min_pixels} is more than image_max_pixels={self.image_max_pixels}; lower it"
+                f"image_min_pixels={self.image_min_pixels} is greater than image_max_pixels={self.image_max_pixels}; lower it"
             )
         return self
 

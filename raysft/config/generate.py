@@ -15,11 +15,12 @@ class GenerateSection(Section):
     enabled: bool = True
     """After training, generate predictions for the evaluation sets and score them (``stage: sft``)."""
     compare_base: bool = True
-    """Also generate with the base model, and show both predictions side by side. Has no effect with ``model``."""
+    """Also generate with the base model, and show both predictions side by side. Has no effect if ``model`` is set."""
     every_steps: Positive | None = None
     """Also generate during training: after every N steps, with the model of that step. The scores are logged with their step, and
-    the files are in the run directory's ``generation/STEP``. Engines use CPUs or GPUs that the workers leave free, while training
-    goes on; without any, the workers wait and lend theirs. ``raysft check`` says which. Default: only after training."""
+    the files are in the run directory's ``generation/STEP``. Engines use CPUs or GPUs that the workers leave free, while
+    training continues; if there are none, the workers pause and lend theirs. ``raysft check`` says which applies. Default: only
+    after training."""
     model: PathOrHubId | None = None
     """Model or adapter that ``raysft generate`` uses instead of the trained one: a folder, a Hub id, a ``*.gguf`` file, or a URI in
     object storage. No training is required. Use a ``run.name`` that no training run uses. Prompts use the model's own tokenizer
@@ -32,9 +33,9 @@ class GenerateSection(Section):
     """Inference engine: ``transformers`` on CPUs or GPUs, or ``vllm``, which needs ``pip install 'raysft[vllm]'`` on every node
     (without GPUs: vLLM's build for CPUs) and chooses the number of concurrent prompts itself."""
     num_actors: Positive | None = None
-    """Number of engines that work in parallel. Default: one per ``gpus_per_engine`` GPUs, or one per node without GPUs."""
+    """Number of engines that run in parallel. Default: one per ``gpus_per_engine`` GPUs, or one per node without GPUs."""
     gpus_per_engine: Positive = 1
-    """GPUs of one node to split the model of an engine over, for models that do not fit on one GPU. Requires
+    """Number of GPUs in one node to split each engine's model across, for models that do not fit on one GPU. Requires
     ``scaling.use_gpu``."""
     max_examples: Positive | None = None
     """Generate for only N examples of each evaluation set, spread evenly over it. Default: all examples."""
@@ -43,13 +44,13 @@ class GenerateSection(Section):
     ``max_seconds``). ``static``: complete one batch before starting the next. ``auto``: continuous on GPUs if the model and the
     settings support it, otherwise static. Prompts with images are completed in static batches."""
     batch_size: Positive = 128
-    """Most prompts that an engine completes at the same time; halved when memory runs out. On CPUs fewer, if the keys and values of
-    so many tokens, and the pixels of their images, could take more than a quarter of the machine's memory. With vLLM: prompts that
-    are submitted, and results that are returned, together."""
+    """Maximum number of prompts that an engine processes at the same time; halved when memory runs out. Fewer on CPUs if the KV
+    cache of that many prompts, and the pixels of their images, could take more than a quarter of the machine's memory. With
+    vLLM: number of prompts that are submitted, and of results that are returned, together."""
     max_new_tokens: Positive = 1024
     """Maximum length of a prediction, in tokens."""
     do_sample: bool = True
-    """Sample; otherwise choose the most probable token (greedy decoding)."""
+    """Sample; otherwise, always choose the most probable token (greedy decoding)."""
     temperature: Annotated[float, Field(gt=0)] = 0.95
     """Softmax temperature for sampling."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.7
@@ -57,18 +58,18 @@ class GenerateSection(Section):
     top_k: Count = 50
     """Sample from the K most probable tokens. 0: from all tokens."""
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
-    """Values above 1 make tokens that already occurred less probable. 1: no penalty."""
+    """Values above 1 make tokens that have already occurred less probable. 1: no penalty."""
     num_beams: Positive = 1
     """Number of beams; requires ``do_sample: false``. 1: no beam search."""
     length_penalty: float = 1.0
     """With beam search: values above 0 favor longer predictions, values below 0 shorter ones."""
     stop_tokens: list[Text] = []
-    """Additional tokens that end a prediction. The tokens that end assistant turns in the data, the tokenizer's EOS token
-    and those in the model's generation config always do."""
+    """Additional tokens that end a prediction. The tokens that end assistant turns in the data, the tokenizer's EOS token and
+    those in the model's generation config always end it."""
     skip_special_tokens: bool = True
     """Remove special tokens from the predicted text."""
     max_seconds: Annotated[float, Field(gt=0)] | None = None
-    """Time limit for a batch of prompts; the text generated until then is the prediction. Default: no limit."""
+    """Time limit for a batch of prompts; whatever has been generated by then is the prediction. Default: no limit."""
     metrics: list[str] = ["similarity"]
     """Metrics for the predictions, as modules of the ``evaluate`` package. These are built in and need no network: ``similarity``
     (ROUGE over jieba words and BLEU-4 over characters, as in LLaMA-Factory), ``rouge`` (rouge_score), ``bleu`` (corpus-level

@@ -37,30 +37,31 @@ class ScalingSection(Section):
     """Workers, their resources and the Ray cluster."""
 
     num_workers: Positive | tuple[Positive, Positive] = 1
-    """Number of training workers; with ``use_gpu``, each has one GPU. ``[min, max]``: elastic training with as many workers as
-    the cluster can place. It continues with fewer workers when a node leaves, and with more, from the next checkpoint on, when a
-    node joins. The results do not depend on the number of workers: a step always has ``train.global_batch_size`` rows."""
+    """Number of training workers; with ``use_gpu``, each uses one GPU. ``[min, max]``: elastic training with as many workers as
+    the cluster can place. It continues with fewer workers when a node leaves, and with more, from the next checkpoint on, when
+    a node joins. The results do not depend on the number of workers: a step always has ``train.global_batch_size`` rows."""
     sequence_parallel: Positive = 1
-    """Number of workers that compute each row together, for rows that do not fit one device: each computes a slice of the tokens,
-    and they exchange heads for tokens in attention (Ulysses). The results are those of 1. The numbers in ``num_workers`` and of
-    the model's query heads must be multiples of it; choose at most the number of GPUs of a node."""
+    """Sequence parallelism: number of workers that share each row, for rows that do not fit on one device. Each computes a
+    slice of the tokens, and in attention they exchange tokens for heads with all-to-all (Ulysses). The results are the same as
+    with 1. ``num_workers`` and the number of the model's query heads must be multiples of it; choose at most the number of GPUs
+    in a node."""
     wait_minutes: Annotated[float, Field(gt=0)] = 30
     """Minutes to wait for nodes if, after training has started, the cluster can place fewer workers than the minimum."""
     use_gpu: bool = False
     """Train and generate on GPUs."""
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
-    """CPUs that Ray reserves for each worker. Leave at least half a CPU of the cluster free for data tasks."""
+    """CPUs that Ray reserves for each worker. Leave at least half a CPU in the cluster free for data tasks."""
     threads_per_worker: Positive | None = None
     """Compute threads of each worker without a GPU. Default: the node's cores divided by its workers."""
     worker_tokens_per_second: Annotated[float, Field(gt=0)] | None = None
-    """Tokens that each worker trains on in a second, from which ``raysft check`` estimates how long the training takes. Default:
-    those of the newest run in ``run.storage`` that had the same model and settings."""
+    """Training throughput of each worker in tokens per second, from which ``raysft check`` estimates how long training takes.
+    Default: that of the newest run in ``run.storage`` with the same model and settings."""
     placement: Literal["pack", "spread"] = "pack"
-    """``pack``: workers share as few nodes as possible, and talk without the network where they can. ``spread``: they stand on as
-    many nodes as possible, each with more of a node's memory and bandwidth for itself."""
+    """``pack``: workers are placed on as few nodes as possible, and avoid the network where they can. ``spread``: workers are
+    placed on as many nodes as possible, so that each has a larger share of a node's memory and bandwidth."""
     data_label: Annotated[str, AfterValidator(_node_label)] | None = None
-    """Label of the nodes that are there for data, as `ray start --labels` gives it, for example ``role=data``: tasks that read and
-    tokenize data run on these nodes only, and training workers on all others. Default: both run anywhere."""
+    """Label of the nodes reserved for data, as set with `ray start --labels`, for example ``role=data``: tasks that read and
+    tokenize data run only on these nodes, and training workers only on the others. Default: both run anywhere."""
     address: str | None = None
     """Ray cluster to join, as HOST:PORT of its head node. Default: the cluster that this process belongs to or that runs on this
     machine, otherwise a new one on this machine. ``local``: always start a new one. Ray Client addresses (``ray://``) are not

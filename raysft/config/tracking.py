@@ -18,7 +18,7 @@ Tag = Annotated[
 
 
 class TrackingSection(Section):
-    """Names under which ``train.trackers`` show a run. Where a key is not set, the tracker's own variable counts
+    """Names under which ``train.trackers`` show a run. If a key is not set, the tracker's own environment variable applies
     (``WANDB_PROJECT``, ``MLFLOW_EXPERIMENT_NAME``, …), and then the default."""
 
     project: Label | None = None

@@ -17,7 +17,8 @@ _FORMS = (
 
 
 def _known_values(given: Any) -> Any:
-    """Return the values of a key in ``tune.space``, with the bounds of a range as numbers; raise ValueError if they make no set."""
+    """Return the values of a key in ``tune.space``, with the bounds of a range as numbers; raise ValueError if they are
+    invalid."""
     if isinstance(given, list):
         if not given:
             raise ValueError("must not be empty")
@@ -28,7 +29,7 @@ def _known_values(given: Any) -> Any:
     shown = f"{{{kind}: {values}}}"
     if kind == "choice":
         if not isinstance(values, list) or not values:
-            raise ValueError(f"{shown} has no values; give a list of them")
+            raise ValueError(f"{shown} has no values; give a list of values")
         return given
     bounds = _numbers(values)
     wanted = "[low, high, q]" if kind == "quniform" else "[low, high]"
@@ -36,14 +37,14 @@ def _known_values(given: Any) -> Any:
         raise ValueError(f"{shown} does not have the numbers {wanted}; correct it")
     low, high = bounds[:2]
     if not math.isfinite(high - low):
-        raise ValueError(f"{shown} is wider than any number; move its bounds together")
+        raise ValueError(f"{shown} is too wide for floating-point numbers; move its bounds closer together")
     if low >= high:
-        raise ValueError(f"{shown} is empty, as {low:g} is not below {high:g}; give [low, high] in this order")
+        raise ValueError(f"{shown} is empty, because {low:g} is not below {high:g}; give [low, high] in this order")
     if kind.startswith("log") and low <= 0:
         raise ValueError(f"{shown} starts at {low:g}, which has no logarithm; use a lower bound above 0")
     if kind.endswith("randint"):
         if not all(bound == int(bound) for bound in bounds):
-            raise ValueError(f"{shown} needs whole numbers; use some, or {kind.replace('randint', 'uniform')}")
+            raise ValueError(f"{shown} needs whole-number bounds; use those, or {kind.replace('randint', 'uniform')}")
         bounds = [int(bound) for bound in bounds]
     if kind == "quniform" and not (0 < bounds[2] <= high - low and math.isfinite((high - low) / bounds[2])):
         raise ValueError(f"{shown} needs a step q above 0 that fits between its bounds; correct it")
@@ -73,43 +74,48 @@ class TuneSection(Section):
     ``{quniform: [low, high, q]}`` (low, low + q, low + 2q, … up to high), ``{randint: [low, high]}`` or ``{lograndint: [low,
     high]}`` (whole numbers, both ends included). For example ``{train.learning_rate: {loguniform: [1.0e-5, 1.0e-3]}}``."""
     search: Literal["grid", "random", "optuna"] = "grid"
-    """``grid``: every combination of lists; ``random``: independent draws; ``optuna``: draws near the best so far, by a
+    """``grid``: every combination of lists; ``random``: independent draws; ``optuna``: draws near the best so far, with a
     tree-structured Parzen estimator (Bergstra et al. 2011; ``pip install 'raysft[tune]'``)."""
     num_samples: Positive | None = None
-    """Number of configurations that ``random`` and ``optuna`` try, each a different one. A grid has its own number."""
+    """Number of different configurations that ``random`` and ``optuna`` try. The size of a grid follows from ``space``."""
     seed: Count = 0
-    """Seed of the search, so that a sweep that is started again draws the same configurations."""
+    """Seed of the search, so that a restarted sweep draws the same configurations."""
     metric: str | Annotated[list[str], Field(min_length=1)] = "eval_loss"
-    """Result that trials are compared by: a key of ``all_results.json``. With a list, the sweep records the Pareto front (the
-    configurations that no other one beats in all metrics), and ``best.yaml`` is the one of the front with the best first metric."""
+    """Metric that trials are compared by: a key of ``all_results.json``. With a list, the sweep records the Pareto front (the
+    configurations that no other one beats in all metrics), and ``best.yaml`` is the one of the front with the best first
+    metric."""
     mode: Mode | Annotated[list[Mode], Field(min_length=1)] | None = None
-    """``min``: the lowest value is best; ``max``: the highest. One for all metrics, or a list with one for each. Default: ``min``
-    for losses and perplexities, ``max`` for accuracies and the built-in metrics of predictions; other metrics need it."""
+    """``min``: the lowest value is best; ``max``: the highest. One value for all metrics, or a list with one for each. Default:
+    ``min`` for losses and perplexities, ``max`` for accuracies and the built-in metrics of predictions; required for other
+    metrics."""
     repeats: Positive = 1
     """Number of trials of each configuration, with the seeds ``run.seed``, ``run.seed`` + 1 and so on. Configurations are ranked
-    by the mean, and the sweep says when the best two cannot be told apart (Welch's t-test at 5 %, from 2 repeats)."""
+    by the mean, and the sweep reports when the best two cannot be told apart (Welch's t-test at 5 %, from 2 repeats)."""
     scheduler: Literal["none", "asha", "median", "pbt"] = "none"
-    """What decides on trials after each evaluation (``train.eval_every_steps``, ``train.eval_every_epochs``). ``asha`` ends trials
-    that are worse than most that have come as far (asynchronous successive halving, Li et al. 2018); ``median`` ends those whose
-    best value is worse than the median of the others' means. A trial that is ended keeps its results and a checkpoint, and
-    generates nothing. ``pbt`` lets trials that are behind go on from the checkpoints of better ones, with changed values
-    (population-based training, Jaderberg et al. 2017); each trial is a member of the population."""
+    """Scheduler that stops or changes trials after each evaluation (``train.eval_every_steps``, ``train.eval_every_epochs``).
+    ``asha`` stops trials that are worse than most others at the same step (asynchronous successive halving, Li et al. 2018);
+    ``median`` stops those whose best value is worse than the median of the other trials' running means. A stopped trial keeps
+    its results and a checkpoint, and generates no predictions. ``pbt`` lets trials that are behind continue from the
+    checkpoints of better ones, with changed values (population-based training, Jaderberg et al. 2017); each trial is a member
+    of the population."""
     scheduler_options: Options = {}
-    """Options of the scheduler, with Ray Tune's names and in optimizer steps: for ``asha`` ``{grace_period: 20, reduction_factor:
-    3}``, for ``median`` ``{grace_period: 20, min_samples_required: 3}``, for ``pbt`` ``{perturbation_interval: 20,
-    quantile_fraction: 0.25, resample_probability: 0.25}``. Default of the first ones: the step of the first evaluation."""
+    """Options of the scheduler, with Ray Tune's names; times are in optimizer steps: for ``asha`` ``{grace_period: 20,
+    reduction_factor: 3}``, for ``median`` ``{grace_period: 20, min_samples_required: 3}``, for ``pbt``
+    ``{perturbation_interval: 20, quantile_fraction: 0.25, resample_probability: 0.25}``. Default of the first option of each:
+    the step of the first evaluation."""
     max_concurrent: Positive | None = None
     """Maximum number of trials that run at the same time. Default: as many as the cluster can place. Elastic trials
-    (``scaling.num_workers: [min, max]``) take fewer workers each if that makes room for so many."""
+    (``scaling.num_workers: [min, max]``) use fewer workers each if that lets this many run."""
     max_minutes: Annotated[float, Field(gt=0)] | None = None
-    """Time limit in minutes, from the start of the first trial. After it no trial starts, and running ones save a checkpoint and
-    stop. The sweep ranks the trials that have finished. Run the same command again to continue with the others."""
+    """Time limit in minutes, from the start of the first trial. After that, no new trials start, and running ones save a
+    checkpoint and stop. The sweep ranks the trials that have finished. Run the same command again to continue with the
+    others."""
     keep: Literal["all", "best"] = "all"
-    """``best`` removes models and checkpoints of the trials that are not the best (with several metrics: not on the Pareto front)
-    as soon as that is known, and copies the best model into the sweep's directory, where ``all`` puts a link."""
+    """``best`` deletes the models and checkpoints of all trials but the best (with several metrics: those not on the Pareto
+    front) as soon as that is known, and copies the best model into the sweep's directory, where ``all`` creates a link."""
     max_failures: Count = 0
-    """How often a trial that failed starts again within the sweep, from its newest checkpoint; ``train.max_failures`` restarts
-    the workers of a training before that. A trial that still fails does not end the sweep."""
+    """How many times the sweep restarts a failed trial, from its newest checkpoint; before that, ``train.max_failures``
+    restarts the workers of the trial's training. A trial that still fails does not end the sweep."""
 
     @property
     def metrics(self) -> list[str]:

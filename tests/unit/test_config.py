@@ -443,7 +443,7 @@ def test_a_date_for_the_chat_template_is_the_text_that_was_written():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"tools": 1}, "tools … remove"), ({"x": {1, 2}}, "use strings, numbers")],
+    [({"tools": 1}, "tools … remove"), ({"x": {1, 2}}, "must contain only strings, numbers")],
 )
 def test_what_a_chat_template_cannot_take_is_refused(options, message):
     with pytest.raises(RequestError) as caught:

@@ -323,7 +323,10 @@ def test_an_adapter_that_stays_one_names_the_model_that_it_is_exported_for(model
     for arguments, message in (
         ((str(model), "--no-merge"), "is a whole model and no adapter; remove --no-merge"),
         ((str(model), "--adapters", *map(str, adapters), "--no-merge"), "but there are 2; remove --no-merge"),
-        ((str(adapters[0]), "--no-merge", "--shard-size", "1GB"), "--shard-size applies to whole models, but --no-merge writes an adapter"),
+        (
+            (str(adapters[0]), "--no-merge", "--shard-size", "1GB"),
+            "--shard-size applies to whole models, but --no-merge writes an adapter",
+        ),
         ((str(model), "--adapters", str(model)), f"--adapters {model}: is a whole model, not an adapter"),
         ((str(tmp_path), "--dtype", "float32"), "holds no config.yaml of a run and no"),
         ((f"{tmp_path}/none",), f"{tmp_path}/none: there is no such run directory or model; check the path"),

@@ -388,9 +388,9 @@ def test_shards_of_a_model_for_images_are_known_by_their_places_and_sizes_and_th
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("media_hosts", ["https://x.org"], "no name of a host"),
+        ("media_hosts", ["https://x.org"], "is not a valid host name"),
         ("media_dir", "ftp://x/y", "ftp:// is not supported"),
-        ("image_min_pixels", 2_000, "more than image_max_pixels=1000"),
+        ("image_min_pixels", 2_000, "greater than image_max_pixels=1000"),
         ("image_max_pixels", 0, "greater than 0"),
     ],
 )

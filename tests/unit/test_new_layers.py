@@ -304,7 +304,7 @@ def test_layers_that_are_not_there_or_named_twice_are_refused(tmp_path, layers, 
 @pytest.mark.parametrize(
     ("freeze", "message"),
     [
-        ({"layers": []}, "config: model.freeze.layers=[] … trains no layer"),
+        ({"layers": []}, "config: model.freeze.layers=[] … selects no layers to train"),
         ({"layers": [1, 1]}, "config: model.freeze.layers=[1, 1] … names layer 1 twice"),
         ({"layers": ["0-3"]}, "config: model.freeze.layers … integer"),
         ({"layers": "first"}, "config: model.freeze.layers='first' … auto"),
