@@ -28,7 +28,13 @@ class StorageSilent(StorageFailed):
 
 
 def as_yaml(value: object) -> str:
-    """Write a value as a config has it: ``null`` and ``true``, not ``None`` and ``True``."""
+    """Write a value as a config has it: ``null`` and ``true``, not ``None`` and ``True``.
+
+    >>> as_yaml((1, 2))
+    '[1, 2]'
+    """
+    if isinstance(value, tuple):
+        return repr(list(value))
     return (
         {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else repr(value)
     )

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from raysft.config.config import Config
 from raysft.config.optimizer_settings import setting_conflicts
 from raysft.config.optimizers import DIVIDES, kind_of, whole_option
+from raysft.errors import as_yaml
 
 TARGETED = ("galore", "fira", "apollo")
 """Optimizers that project matrices, which ``train.optimizer_target`` selects."""
@@ -40,7 +41,7 @@ def optimizer_conflicts(config: Config) -> Iterator[str]:
     if not kind.workers and config.scaling.most_workers > 1:
         reason = "" if name == "badam" else " (each would draw its own random numbers)"
         yield (
-            f"{named} supports one worker{reason}, but scaling.num_workers={config.scaling.num_workers}; "
+            f"{named} supports one worker{reason}, but scaling.num_workers={as_yaml(config.scaling.num_workers)}; "
             "use 1 worker or another optimizer"
         )
     if not train.resumes and train.saves_on_schedule:

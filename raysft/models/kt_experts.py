@@ -61,6 +61,23 @@ def check_architecture(hf_config: Any) -> None:
             )
 
 
+def check_frozen(model: Any) -> None:
+    """Refuse a model with adapters that trains experts in full, by themselves or in a module that holds them.
+
+    Raises:
+        RequestError: names the module.
+    """
+    from peft.utils import ModulesToSaveWrapper
+
+    for name, module in without_adapters(model).named_modules():
+        if isinstance(module, ModulesToSaveWrapper) and expert_modules(module):
+            raise RequestError(
+                f"model.experts=kt keeps the experts frozen and trains their LoRA, but {name} is trained in full "
+                "(model.lora.extra_modules, or modules_to_save of an adapter); name modules without experts, or set "
+                "model.experts=auto"
+            )
+
+
 def _inner(text: Any) -> int:
     return int(getattr(text, "moe_intermediate_size", None) or text.intermediate_size)
 
@@ -80,6 +97,7 @@ def move_experts(model: Any, config: Config, taken_over: Callable[..., LayerExpe
 
     base = without_adapters(model)
     check_architecture(base.config)
+    check_frozen(model)
     if taken_over is None:
         check_kernel()
         taken_over = partial(_in_kernel, config, base.config.get_text_config().num_experts_per_tok)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from raysft.cluster.placement import TASK_CPUS, Node, Workers, counted, listed, max_workers, workers_on_a_node
 from raysft.config import Config
-from raysft.errors import RequestError
+from raysft.errors import RequestError, as_yaml
 
 
 def check_resources(config: Config, nodes: Sequence[Node], reserved_cpus: float = 0.0) -> None:
@@ -73,7 +73,7 @@ def _check_experts(config: Config, nodes: Sequence[Node]) -> None:
         )
         spread = "scaling.placement=spread with " if able > 1 else ""
         raise RequestError(
-            f"model.experts=kt takes one worker on each node, but scaling.num_workers={scaling.num_workers} with "
+            f"model.experts=kt takes one worker on each node, but scaling.num_workers={as_yaml(scaling.num_workers)} with "
             f"scaling.placement={scaling.placement} puts {together} on one; use {spread}scaling.num_workers={max(1, able)}"
         )
 

@@ -18,7 +18,7 @@ from raysft.errors import RequestError, as_yaml, one_line
 from raysft.models.adapter_files import adapter_base, base_name
 from raysft.models.adapters import load_adapter, load_with_base
 from raysft.models.attention import check_kernel, kernel, use_examplewise, without_adapters
-from raysft.models.kt_experts import recomputation_contexts
+from raysft.models.kt_experts import check_frozen, recomputation_contexts
 from raysft.models.loading import load_weights
 from raysft.models.lora_targets import EXPERTS, linear_layers, modules_in, targeted, targeted_routers
 from raysft.models.model_class import loaded_config, sees_images
@@ -158,6 +158,8 @@ def check_names(model: nn.Module, config: Config) -> None:
                     + (f"use names of its modules{_experts(modules)}, or all" if key == "target" else "remove it")
                 )
     _check_adapter(model, config, section)
+    if config.model.experts == "kt":
+        check_frozen(model)
 
 
 def _experts(modules: Collection[str]) -> str:
@@ -218,8 +220,9 @@ def _check_adapter(model: Any, config: Config, section: Any) -> None:
     try:
         add_adapter(model, adapter_config)
     except (ValueError, TypeError) as error:
+        key = "extra_modules" if section.extra_modules and "modules_to_save" in str(error) else "target"
         raise RequestError(
-            f"model.{kind}.target={section.target} is refused by peft ({one_line(error)}); name other modules"
+            f"model.{kind}.{key}={as_yaml(getattr(section, key))} is refused by peft ({one_line(error)}); name other modules"
         ) from None
     parameters = getattr(adapter_config, "target_parameters", None) or ()
     for key in ("dropout", "dora", "pissa") if parameters else ():

@@ -391,3 +391,18 @@ def test_a_model_that_the_kernel_cannot_compute_is_refused_before_anything_start
         (tmp_path / "config.json").write_text(json.dumps(content))
         monkeypatch.setattr("raysft.train.check_model.check_method", lambda *arguments: None)
     assert message in refusal(check_model, given, str(tmp_path))
+
+
+def test_experts_that_are_trained_in_full_are_refused_before_anything_starts(qwen, monkeypatch):
+    monkeypatch.setattr(kt_internals, "check_kernel", lambda on_this_machine: None)
+    given = with_overrides(config(target=["q_proj"]), {"model.path": str(qwen)})
+    for module, name in (("mlp", "model.layers.0.mlp"), ("experts", "model.layers.0.mlp.experts")):
+        told = refusal(check_model, with_overrides(given, {"model.lora.extra_modules": [module]}), str(qwen))
+        assert f"trains their LoRA, but {name} is trained in full (model.lora.extra_modules, " in told
+    check_model(with_overrides(given, {"model.lora.extra_modules": ["norm", "gate"]}), str(qwen))
+
+
+def test_experts_that_an_adapter_trains_in_full_are_refused(qwen):
+    given = with_overrides(config(target=["q_proj"]), {"model.lora.extra_modules": ["mlp"]})
+    told = refusal(move_experts, load_model(given, str(qwen)), given, lambda *arguments: pytest.fail("was taken over"))
+    assert "modules_to_save of an adapter" in told

@@ -138,7 +138,8 @@ def test_experts_on_the_cpu_take_one_worker_on_each_node(nodes, scaling, remedy)
         check_resources(config, nodes)
     else:
         message = refusal(check_resources, config, nodes)
-        assert message.startswith("model.experts=kt takes one worker on each node, but ")
+        given = f"scaling.num_workers={scaling['num_workers']}"  # a list stays one
+        assert message.startswith(f"model.experts=kt takes one worker on each node, but {given} ")
         assert message.endswith(remedy)
 
 
