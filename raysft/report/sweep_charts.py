@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from raysft.errors import as_yaml
 from raysft.report.axes import Axis, robust_limit
 from raysft.report.curves import Chart, Drawing, Line, number_text
 from raysft.report.read_run import finite, series
@@ -175,8 +176,9 @@ def summary_of(one: Configuration, metric: str) -> str:
 
 
 def _value(value: Any) -> str:
-    number = finite(value)
-    return shortened(value, 60) if number is None or isinstance(value, int) else f"{number:.4g}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return shortened(value if isinstance(value, str) else as_yaml(value), 60)
 
 
 def _style(trial: Trial) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from raysft.errors import RunFailed, one_line
+from raysft.errors import RequestError, one_line
 from raysft.models.attention import NoPositions, use_plain, without_adapters
 from raysft.models.media_inputs import has_planes, image_tokens, kinds_argument, media_inputs, rope_planes
 from raysft.train.check_states import difference_of
@@ -33,7 +33,7 @@ def check_images(model: TokenLoss, processor: Any, device: torch.device, packed:
         packed: True if rows hold several examples.
 
     Raises:
-        RunFailed: they have others, or the model cannot be given images in this way.
+        RequestError: they have others, or the model cannot be given images in this way.
     """
     whole = without_adapters(model.model)
     name, decoder = type(whole).__name__, whole.base_model
@@ -45,13 +45,13 @@ def check_images(model: TokenLoss, processor: Any, device: torch.device, packed:
         use_plain(whole)
         difference = _difference(model, decoder, processor, device, packed)
     except Exception as error:  # of any type: the code of the model and of its processor decide
-        raise RunFailed(
+        raise RequestError(
             f"{name} cannot be trained on images ({type(error).__name__}: {one_line(error)}); use another model, or data "
             "of text alone"
         ) from error
     if difference:
         remedy = "set data.packing=false" if packed else "use another model, or data of text alone"
-        raise RunFailed(
+        raise RequestError(
             f"{name} does not keep the examples of a row apart if they have images: hidden states differ by {difference:.2g} "
             f"from those of single examples; {remedy}"
         )

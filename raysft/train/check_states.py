@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from raysft.errors import RunFailed
+from raysft.errors import RequestError
 from raysft.models.attention import without_adapters
 from raysft.models.examples import begin
 from raysft.models.sequence_attention import REMEDY, own_kernel, with_attention
@@ -31,7 +31,7 @@ def check_head(loss: TokenLoss, device: torch.device) -> None:
     Some models for images (AyaVision) leave out what their language model alone does; then so does the loss.
 
     Raises:
-        RunFailed: the logits differ, so that the loss would be wrong, or are NaN.
+        RequestError: the logits differ, so that the loss would be wrong, or are NaN.
     """
     decoder, head = decoder_and_head(loss.model)
     ids = torch.arange(8, device=device)[None]
@@ -40,7 +40,7 @@ def check_head(loss: TokenLoss, device: torch.device) -> None:
     hidden = decoder(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
     model, difference, logits = without_adapters(loss.model), torch.zeros(()), head(hidden)
     if whole.isnan().any():
-        raise RunFailed(
+        raise RequestError(
             f"{type(model).__name__} computes logits that are NaN from its first {ids.shape[1]} tokens: its weights hold NaN, "
             "or numbers that model.dtype cannot hold; use another model, or model.dtype=float32"
         )
@@ -49,7 +49,7 @@ def check_head(loss: TokenLoss, device: torch.device) -> None:
         if torch.allclose(whole, parts, rtol=1e-3, atol=1e-3):
             return
         difference = (whole - parts).abs().max()
-    raise RunFailed(
+    raise RequestError(
         f"{type(model).__name__} changes its logits after the output head (by up to {difference:.2g}), "
         "which raysft does not support; use another architecture"
     )
@@ -60,7 +60,7 @@ def check_causal(loss: TokenLoss, device: torch.device) -> None:
     """Check that no token attends to later tokens, which it must predict.
 
     Raises:
-        RunFailed: one does, as in encoders, so that the loss would be meaningless.
+        RequestError: one does, as in encoders, so that the loss would be meaningless.
     """
     ids = torch.arange(8, device=device)[None]
     other = ids.clone()
@@ -79,7 +79,7 @@ def check_rows(loss: TokenLoss, device: torch.device, rows: int, remedy: str) ->
         remedy: for the error message.
 
     Raises:
-        RunFailed: they do, as in models with a recurrent state, or whose masks ignore positions.
+        RequestError: they do, as in models with a recurrent state, or whose masks ignore positions.
     """
     positions = torch.arange(8, device=device).repeat(2)[None].expand(rows, -1).contiguous()
     ids = torch.arange(16, device=device)[None].expand(rows, -1) % 13
@@ -94,7 +94,7 @@ def check_slices(loss: TokenLoss, device: torch.device, group: SequenceGroup) ->
     """Check that a worker computes the same hidden states for its slice of a row as if it had the whole row.
 
     Raises:
-        RunFailed: they differ, as in models with a recurrent state, or whose layers use more than the positions they are given.
+        RequestError: they differ, as in models with a recurrent state, or whose layers use more than the positions they are given.
     """
     model = without_adapters(loss.model)
     if group.size == 1 or getattr(model, "is_loaded_in_8bit", False):
@@ -118,7 +118,7 @@ def check_slices(loss: TokenLoss, device: torch.device, group: SequenceGroup) ->
     difference = torch.tensor(difference_of(expected, found, decoder, ROUNDING), device=device)
     dist.all_reduce(difference, dist.ReduceOp.MAX)  # the first slice of a row may be right alone
     if difference:
-        raise RunFailed(
+        raise RequestError(
             f"{type(model).__name__} computes other hidden states for slices of a row, by {difference:.2g}, than for the whole "
             f"row, so scaling.sequence_parallel={group.size} would train it wrongly; {REMEDY}"
         )
@@ -139,7 +139,7 @@ def _refuse_difference(
     decoder, _ = decoder_and_head(loss.model)
     states = [loss.hidden_states(decoder, tensor, positions)[:, tokens].float() for tensor in (ids, other)]
     if difference := difference_of(states[0], states[1], decoder):
-        raise RunFailed(f"{type(without_adapters(loss.model)).__name__} {fault} by {difference:.2g}; {remedy}")
+        raise RequestError(f"{type(without_adapters(loss.model)).__name__} {fault} by {difference:.2g}; {remedy}")
 
 
 def difference_of(one: torch.Tensor, other: torch.Tensor, decoder: Any, float32: float = 1e-5) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 
 from raysft.cluster.placement import TASK_CPUS, Node, max_workers, total
 from raysft.config import Config, with_overrides
-from raysft.errors import RequestError
+from raysft.errors import RequestError, as_yaml
 from raysft.run.trial_plans import value_at
 from raysft.tune.space import Dimension, dimensions
 
@@ -46,14 +46,16 @@ class Trial:
 def described(values: Mapping[str, Any]) -> str:
     """Show values in one line.
 
-    >>> described({"train.learning_rate": 0.00012345678, "model.lora.rank": 8})
-    'train.learning_rate=0.00012346, model.lora.rank=8'
+    >>> described({"train.learning_rate": 0.00012345678, "model.lora.rank": 8, "train.recompute_layers": None})
+    'train.learning_rate=0.00012346, model.lora.rank=8, train.recompute_layers=null'
     """
     return ", ".join(f"{key}={_shown(value)}" for key, value in values.items())
 
 
 def _shown(value: Any) -> str:
-    return f"{value:.5g}" if isinstance(value, float) and len(str(value)) > 8 else str(value)
+    if isinstance(value, str):
+        return value
+    return f"{value:.5g}" if isinstance(value, float) and len(str(value)) > 8 else as_yaml(value)
 
 
 def combinations(config: Config) -> list[Trial]:

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from raysft.config import parse, with_overrides
-from raysft.errors import RunFailed
+from raysft.errors import RequestError
 from raysft.models import attention
 from raysft.train.engine import check_model
 from raysft.train.loss import TokenLoss
@@ -118,7 +118,7 @@ OPT = OPTConfig(
 def test_models_whose_examples_see_each_other_are_refused(described):
     """A recurrent state, and masks that take no note of positions."""
     model = TokenLoss(made(described).eval())
-    with pytest.raises(RunFailed, match=r"does not keep the examples of a row apart.*; set data\.packing=false"):
+    with pytest.raises(RequestError, match=r"does not keep the examples of a row apart.*; set data\.packing=false"):
         check_model(model, config(attention="sdpa"), torch.device("cpu"))
     alone = with_overrides(config(), {"data.packing": False})
     check_model(model, alone, torch.device("cpu"))
@@ -128,7 +128,7 @@ def test_a_model_that_sees_what_it_is_to_predict_is_refused():
     described = XLNetConfig(vocab_size=64, d_model=32, n_layer=1, n_head=2, d_inner=32)
     model = TokenLoss(AutoModelForCausalLM.from_config(described).eval())
     alone = with_overrides(config(), {"data.packing": False})
-    with pytest.raises(RunFailed, match=r"XLNetLMHeadModel is not causal: .*; use a causal language model"):
+    with pytest.raises(RequestError, match=r"XLNetLMHeadModel is not causal: .*; use a causal language model"):
         check_model(model, alone, torch.device("cpu"))
 
 

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from raysft.data.types import IGNORE_INDEX
-from raysft.errors import RunFailed
+from raysft.errors import RequestError
 from raysft.train.check_states import check_causal, check_head, check_rows, difference_of
 from raysft.train.loss import TokenLoss
 from tests.tiny_vision import GRIDS, TEXT, TOWER
@@ -76,7 +76,7 @@ def test_logits_are_scaled_where_the_class_scales_them(make, plain):
 def test_logits_that_are_changed_in_another_way_are_refused():
     model = of_text(Cohere2Config(**SIZES, logit_scale=0.25, sliding_window=512)).eval()
     model.logit_scale = 0.5
-    with pytest.raises(RunFailed, match="Cohere2ForCausalLM changes its logits after the output head"):
+    with pytest.raises(RequestError, match="Cohere2ForCausalLM changes its logits after the output head"):
         check_head(TokenLoss(model), CPU)
 
 
@@ -120,6 +120,6 @@ def test_a_model_that_computes_nan_is_refused(token, refusal):
         check_causal(loss, CPU)
         check_rows(loss, CPU, 2, "set data.packing=false")
 
-    with pytest.raises(RunFailed, match=f"GraniteForCausalLM {refusal}") as error:
+    with pytest.raises(RequestError, match=f"GraniteForCausalLM {refusal}") as error:
         check()
     assert "\n" not in str(error.value)
