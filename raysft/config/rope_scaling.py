@@ -32,7 +32,9 @@ def rope_settings(value: str | Mapping[str, Any]) -> dict[str, Any]:
         named = settings.pop("type")
         if settings.setdefault("rope_type", named) != named:
             raise ValueError(f"rope_type={settings['rope_type']}, but type={named}; use one of them")
-    kind = str(settings.get("rope_type"))
+    if "rope_type" not in settings:
+        raise ValueError(f"has no rope_type; set it to one of {', '.join(get_args(RopeType))}")
+    kind = str(settings["rope_type"])
     if kind not in OWN:
         raise ValueError(f"rope_type={kind} is none of {', '.join(get_args(RopeType))}; use one of them")
     known = (*COMMON, *OWN[kind])

@@ -1,7 +1,7 @@
-"""Positions that are scaled by the length of a text (``rope_type: dynamic``), for each example of a row by itself.
+"""Positions that are scaled by the length of a text (``dynamic``, ``longrope``), for each example of a row by itself.
 
-transformers scales all rows of a batch by the longest text so far: what an example gives would depend on those beside it and
-before it.
+transformers scales all rows of a batch by the longest text in it, or so far: what an example gives would depend on those beside it
+and before it.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from raysft.models.examples import current
 
+BY_LENGTH = ("dynamic", "longrope")
+"""Kinds of positions that depend on the length of a text."""
+
 
 def scale_each_example(model: nn.Module) -> None:
     """Let a model scale the positions of each example as transformers does for that example alone; others stay as they are."""
     for module in model.modules():
-        if getattr(module, "rope_type", None) == "dynamic" and not isinstance(module.forward, _Examplewise):
+        if getattr(module, "rope_type", None) in BY_LENGTH and not isinstance(module.forward, _Examplewise):
             module.forward = _Examplewise(module)  # type: ignore[method-assign]
 
 
@@ -29,6 +32,9 @@ class _Examplewise:
     def __init__(self, module: Any) -> None:
         # What transformers wraps around it scales by the longest position, for which it waits.
         self._module, self._forward = module, torch.no_grad()(inspect.unwrap(type(module).forward))
+        self._kind: str = module.rope_type
+        rope = module.config.rope_parameters
+        self._own: int = module.original_max_seq_len if self._kind == "dynamic" else rope["original_max_position_embeddings"]
 
     def __call__(self, x: torch.Tensor, position_ids: torch.Tensor) -> Any:
         """Compute what rotates queries and keys.
@@ -37,12 +43,14 @@ class _Examplewise:
             x: hidden states, for their type and device.
             position_ids: [rows, tokens]; they count up from 0 in each example, or go on from an earlier call.
         """
-        examples, own = current(), self._module.original_max_seq_len
+        examples, own = current(), self._own
         if examples is not None and examples.lengths_of_tokens.numel() == position_ids.numel():
             lengths, known = examples.lengths_of_tokens.reshape(position_ids.shape), sorted(set(examples.lengths))
         else:
             lengths = lengths_of_tokens(position_ids)
             known = lengths.unique().tolist()  # for which a GPU must be asked
+        if self._kind == "longrope":  # all longer ones are scaled alike
+            lengths, known = lengths.clamp(max=own + 1), sorted({min(length, own + 1) for length in known})
         found = self._scaled(x, position_ids.where(lengths <= own, 0), own)
         for length in known:
             if length > own:
@@ -53,9 +61,9 @@ class _Examplewise:
     def _scaled(self, x: torch.Tensor, position_ids: torch.Tensor, length: int) -> Any:
         """Call the forward pass as for an example of so many tokens, of which some may be elsewhere."""
         module = self._module
-        if length > module.original_max_seq_len:
+        if length > self._own:
             tokens = torch.tensor(length)  # as a tensor, so that it is rounded as transformers' own
-            found, _ = ROPE_INIT_FUNCTIONS["dynamic"](module.config, torch.device("cpu"), seq_len=tokens)
+            found, _ = ROPE_INIT_FUNCTIONS[self._kind](module.config, torch.device("cpu"), seq_len=tokens)
             # From other memory than pinned one, a copy would wait for all that a GPU has yet to compute.
             found = found.pin_memory() if x.is_cuda else found
             module.inv_freq = found.to(x.device, non_blocking=True)

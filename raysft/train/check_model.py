@@ -117,6 +117,7 @@ def check_shared_rows(config: Config, hf_config: Any) -> None:
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
+    from raysft.models.dynamic_rope import BY_LENGTH
     from raysft.models.transformers_internals import is_recurrent, supports_registered_attention
 
     size, text = config.scaling.sequence_parallel, hf_config.get_text_config()
@@ -143,9 +144,9 @@ def check_shared_rows(config: Config, hf_config: Any) -> None:
         )
     scaling = getattr(text, "rope_parameters", None) or {}
     types = {each.get("rope_type") for each in (scaling, *scaling.values()) if isinstance(each, dict)}
-    if scaling.get("rope_type") == "dynamic":
-        types.discard("dynamic")  # ``dynamic_rope`` scales by whole examples
-    if by_length := types & {"dynamic", "longrope"}:
+    if scaling.get("rope_type") in BY_LENGTH and "long_mscale" not in scaling:  # as PhiMoE has, whose code looks at what is here
+        types.clear()  # ``dynamic_rope`` scales by whole examples
+    if by_length := types & set(BY_LENGTH):
         raise RequestError(
             f"{named} computes slices of rows, but the model's {by_length.pop()} positions depend on the length of whole rows; "
             "use scaling.sequence_parallel=1, or another scaling of positions"

@@ -41,7 +41,12 @@ def test_a_module_that_is_not_there_is_named(model):
     assert "model.lora.target names 'zzz'" in refusal(lora(["q_proj", "zzz"]), model)
 
 
-DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+LONGROPE = {
+    "rope_type": "longrope", "factor": 2.0, "rope_theta": 1e4, "short_factor": [1.0] * 3, "long_factor": [2.0] * 3,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+PHI = {**LONGROPE, "short_mscale": 1.0, "long_mscale": 1.2}
+"""Phi-3.5-MoE also scales by the longest position that its code sees."""
 
 
 @pytest.mark.parametrize(
@@ -52,22 +57,7 @@ DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
             {"num_attention_heads": 6, "num_key_value_heads": 3},
             "heads, of which it has 6; use one of 2, 3, 6, or 1",
         ),
-        (
-            "llama",
-            {
-                "num_attention_heads": 8,
-                "num_key_value_heads": 4,
-                "rope_parameters": {
-                    "rope_type": "longrope",
-                    "factor": 2.0,
-                    "rope_theta": 1e4,
-                    "short_factor": [1.0] * 3,
-                    "long_factor": [2.0] * 3,
-                    "original_max_position_embeddings": 64,
-                },
-            },
-            "longrope positions",
-        ),
+        ("phimoe", {"num_attention_heads": 8, "num_key_value_heads": 4, "rope_parameters": PHI}, "longrope positions"),
         ("qwen3_next", {}, "layers of type linear_attention"),
         ("mamba", {}, "layers of type linear_attention"),
         ("gpt_oss", {}, "an attention of its own, as for sinks"),

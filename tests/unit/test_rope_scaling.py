@@ -150,23 +150,39 @@ def test_an_adapter_knows_the_model_with_scaled_positions(tmp_path, base):
     assert holds(told, f"generate.model={tmp_path}/saved is an adapter … export")
 
 
-def test_dynamic_positions_of_an_example_depend_on_no_other(tmp_path, base):
+LONGROPE = {
+    **THETA, "rope_type": "longrope", "original_max_position_embeddings": 64,
+    "short_factor": [1.0 + place / 8 for place in range(8)], "long_factor": [2.0 + place for place in range(8)],
+}  # fmt: skip
+BY_LENGTH = {"dynamic": KINDS["dynamic"][1:], "longrope": (LONGROPE, 256)}
+"""Kinds of positions that depend on the length of a text, of a model that had 64 before."""
+
+
+def scaled_by_length(folder: Path, base: Path, kind: str) -> Any:
+    """The model as it is trained; with ``longrope`` it has been made so, as Phi-3 has."""
+    config = make_config(folder, base, kind if kind == "dynamic" else None)
+    if kind == "longrope":
+        by_hand(base, *BY_LENGTH[kind]).save_pretrained(folder / "model")
+        return load_model(config, str(folder / "model")).eval()
+    return load_model(config, check_model_files(config, lambda line: None).model).eval()
+
+
+@pytest.mark.parametrize("kind", BY_LENGTH)
+def test_positions_of_an_example_depend_on_no_other(tmp_path, base, kind):
     """A row of a short, a long and a longer example, then a row of short ones, through one model."""
-    config = make_config(tmp_path, base, "dynamic")
-    model = load_model(config, check_model_files(config, lambda line: None).model).eval()
-    _, parameters, positions = KINDS["dynamic"]
-    texts = [[long_text(length, length) for length in row] for row in ((20, 100, 130), (60, 64, 30))]
+    model = scaled_by_length(tmp_path, base, kind)
+    texts = [[long_text(length, length) for length in row] for row in ((20, 100, 130, 65), (60, 64, 30))]
     for row in texts:
         position_ids = torch.cat([torch.arange(text.shape[1]) for text in row])[None]
         found = logits(model, torch.cat(row, 1), position_ids=position_ids).split([text.shape[1] for text in row], 1)
         for text, of_text in zip(row, found, strict=True):
-            alone = logits(by_hand(base, parameters, positions), text)
+            alone = logits(by_hand(base, *BY_LENGTH[kind]), text)
             torch.testing.assert_close(of_text, alone, atol=2e-5, rtol=1e-5)
 
 
-def test_dynamic_positions_of_a_slice_are_those_of_whole_examples(tmp_path, base):
-    config = make_config(tmp_path, base, "dynamic")
-    rotary = load_model(config, check_model_files(config, lambda line: None).model).model.rotary_emb
+@pytest.mark.parametrize("kind", BY_LENGTH)
+def test_positions_of_a_slice_are_those_of_whole_examples(tmp_path, base, kind):
+    rotary = scaled_by_length(tmp_path, base, kind).model.rotary_emb
     lengths, states = (20, 100, 130, 6), torch.zeros(1, 256, 8)
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     whole = rotary(states, positions)
@@ -252,7 +268,7 @@ def test_three_positions_a_token_are_refused(tmp_path, base):
         ({"rope_type": "yarn", "factor": 4, "attention_factor": 0}, "attention_factor=0 must be a number above 0"),
         ({"rope_type": "yarn", "factor": 4, "beta_slow": 32}, "beta_fast=32 must be above beta_slow=32"),
         ({"rope_type": "linear", "beta_fast": 4}, "beta_fast is no setting of linear"),
-        ({"factor": 4}, "rope_type=None is none of linear, dynamic, yarn, llama3"),
+        ({"factor": 4}, "has no rope_type; set it to one of linear, dynamic, yarn, llama3"),
     ],
 )
 def test_settings_that_transformers_would_not_take_are_refused(tmp_path, base, scaling, said):
