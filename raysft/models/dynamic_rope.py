@@ -34,7 +34,9 @@ class _Examplewise:
         self._module, self._forward = module, torch.no_grad()(inspect.unwrap(type(module).forward))
         self._kind: str = module.rope_type
         rope = module.config.rope_parameters
-        self._own: int = module.original_max_seq_len if self._kind == "dynamic" else rope["original_max_position_embeddings"]
+        self._own: int = (
+            module.original_max_seq_len if self._kind == "dynamic" else rope["original_max_position_embeddings"]
+        )
 
     def __call__(self, x: torch.Tensor, position_ids: torch.Tensor) -> Any:
         """Compute what rotates queries and keys.

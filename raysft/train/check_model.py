@@ -144,8 +144,9 @@ def check_shared_rows(config: Config, hf_config: Any) -> None:
         )
     scaling = getattr(text, "rope_parameters", None) or {}
     types = {each.get("rope_type") for each in (scaling, *scaling.values()) if isinstance(each, dict)}
-    if scaling.get("rope_type") in BY_LENGTH and "long_mscale" not in scaling:  # as PhiMoE has, whose code looks at what is here
-        types.clear()  # ``dynamic_rope`` scales by whole examples
+    # ``dynamic_rope`` scales by whole examples, but Phi-3.5-MoE looks at the longest position itself for its mscale.
+    if scaling.get("rope_type") in BY_LENGTH and "long_mscale" not in scaling:
+        types.clear()
     if by_length := types & set(BY_LENGTH):
         raise RequestError(
             f"{named} computes slices of rows, but the model's {by_length.pop()} positions depend on the length of whole rows; "
