@@ -33,6 +33,9 @@ NAME = "kt"
 """The name of the function in transformers."""
 ARCHITECTURES = ("deepseek_v2", "deepseek_v3", "glm4_moe", "mixtral", "qwen2_moe", "qwen3_moe")
 """Kinds of models that it is tested with."""
+LEAST_GATE = -88
+"""Below about this (exp(88) is the largest power that float32 holds), the kernel has NaN for the gradient of a gate's SiLU, which
+is 0, and so for those of the token's hidden states."""
 RANKS = 8
 """What ranks in the kernel are multiples of; a smaller adapter is filled up with zeros, and so is none."""
 
@@ -275,7 +278,13 @@ class LayerExperts:
             of_hidden.append(of_part[0])
             of_weights.append(of_part[1])
             given.add(sums, self._kernel.gradients)
-        return torch.cat(of_hidden), torch.cat(of_weights), sums
+        hidden_gradient = torch.cat(of_hidden)
+        # The kernel leaves a token out of the gradients of A where it has NaN for its hidden states (``LEAST_GATE``).
+        nan_or_zero = (hidden_gradient.detach() * 0).sum()
+        for each in sums:
+            if each is not None:
+                each.add_(nan_or_zero)
+        return hidden_gradient, torch.cat(of_weights), sums
 
     def _has_kept(self, inputs: tuple[torch.Tensor, ...], given: Given) -> bool:
         kept = self._kept

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from raysft.errors import RunFailed
+from raysft.models.kt_experts import LEAST_GATE
 from raysft.train.step import StepResult
 from raysft.train.step_rows import named_records
 
@@ -43,10 +44,20 @@ class NonFinite:
         if not skip:
             raise RunFailed(
                 f"step {index + 1}: {reason}; check these records, lower train.learning_rate, or set train.nonfinite=skip"
+                + self._other_cause
             )
         if self.count >= MAX_IN_A_ROW:
             raise RunFailed(
                 f"step {index + 1}: {self.count} steps in a row were skipped; in the last one {reason}; "
-                "check these records, or lower train.learning_rate"
+                f"check these records, or lower train.learning_rate{self._other_cause}"
             )
         return "" if scaling else reason
+
+    @property
+    def _other_cause(self) -> str:
+        if self.config.model.experts != "kt":
+            return ""
+        return (
+            "; or set model.experts=auto: KTransformers' kernel has no gradient for a token whose gate in one of its experts is "
+            f"below {LEAST_GATE}"
+        )

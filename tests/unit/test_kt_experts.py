@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from raysft.config import Config, parse, with_overrides
-from raysft.errors import RequestError
+from raysft.errors import RequestError, RunFailed
 from raysft.models import kt_internals
 from raysft.models.kt_experts import (
     ARCHITECTURES,
@@ -31,7 +33,9 @@ from raysft.models.transformers_internals import expert_modules, is_swiglu
 from raysft.train.check_model import check_model
 from raysft.train.finetuning import load_model
 from raysft.train.flops import model_flops, trainer_flops
+from raysft.train.nonfinite import NonFinite
 from raysft.train.reference import START, _keep_start
+from raysft.train.step import StepResult
 from tests.kt import QWEN, SIZES, needs_kernel
 from tests.messages import refusal
 from tests.tiny import tiny_mixture, tiny_model
@@ -155,6 +159,20 @@ def test_gradients_of_several_passes_add_up_whatever_their_order(qwen):
             assert torch.equal(weight.grad, together[name])
             torch.testing.assert_close(weight.grad, alone[0][name] + alone[1][name])
     assert torch.equal(passes[0][0].grad, alone[0]["input 0"])
+
+
+@needs_kernel
+def test_a_gate_that_the_kernel_cannot_differentiate_makes_all_gradients_of_its_layer_nan(qwen):
+    """So that the step is not applied, also if nothing before the layer is trained."""
+    experts = outermost(made(qwen))
+    hidden, index, weights = inputs()
+    hidden[3] *= 100
+    result = experts(hidden, index, weights)
+    assert torch.isfinite(result).all()
+    weighted(result).backward()
+    found = {name: weight.grad for name, weight in experts.named_parameters() if weight.requires_grad}
+    assert len(found) == 4
+    assert not any(torch.isfinite(gradient).any() for gradient in found.values())  # type: ignore[union-attr]
 
 
 @needs_kernel
@@ -406,3 +424,13 @@ def test_experts_that_an_adapter_trains_in_full_are_refused(qwen):
     given = with_overrides(config(target=["q_proj"]), {"model.lora.extra_modules": ["mlp"]})
     told = refusal(move_experts, load_model(given, str(qwen)), given, lambda *arguments: pytest.fail("was taken over"))
     assert "modules_to_save of an adapter" in told
+
+
+@pytest.mark.parametrize(("experts", "ending"), [("kt", " is below -88"), ("auto", "train.nonfinite=skip")])
+def test_a_gradient_that_is_not_finite_may_be_the_kernel_s(monkeypatch, experts, ending):
+    monkeypatch.setattr("raysft.train.nonfinite.named_records", lambda *rows: "a: a.jsonl:1")
+    rows = SimpleNamespace(row_plan=SimpleNamespace(global_batch_size=1, rows=8))
+    check = NonFinite(SimpleNamespace(config=config(experts), train_rows=rows))
+    with pytest.raises(RunFailed) as caught:
+        check.check(0, StepResult(1.0, math.nan, np.zeros(1), False))
+    assert str(caught.value).endswith(ending)
