@@ -82,18 +82,18 @@ def _parts(config: Config) -> Iterator[str]:
     model, named = config.model, f"model.train_parts={as_yaml(config.model.train_parts)}"
     if model.adapter is not None and model.train_parts == ["projector"]:
         yield (
-            f"model.finetuning={model.finetuning} needs language or vision to put adapters on, but {named}; "
-            "set model.finetuning=full, which trains the projector alone, or add one of them"
+            f"model.finetuning={model.finetuning} needs language or vision, which can have adapters, but {named}; set "
+            "model.finetuning=full, which trains only the projector, or add one of them"
         )
     if "language" in model.train_parts:
         return
     if model.finetuning == "freeze":
         yield (
-            f"model.finetuning=freeze trains layers of the language model, but {named}; "
-            "set model.finetuning=full, which trains these parts alone, or add language"
+            f"model.finetuning=freeze trains layers of the language model, but {named}; set model.finetuning=full, which "
+            "trains only these parts, or add language"
         )
     if model.new_tokens.tokens:
-        yield f"model.new_tokens needs embeddings trained, but {named}; add language, or remove model.new_tokens"
+        yield f"model.new_tokens requires trained embeddings, but {named}; add language, or remove model.new_tokens"
     if model.new_layers:
         yield (
             f"model.new_layers={model.new_layers} adds layers to the language model, but {named}; "
@@ -107,8 +107,8 @@ def _lora(config: Config) -> Iterator[str]:
         yield "model.lora.pissa and model.lora.dora both change how an adapter is initialized; set only one of them"
     if lora.dora and train.zero_stage == 3:
         yield (
-            "model.lora.dora=true requires the norms of whole weights, but train.zero_stage=3 partitions them; "
-            "set train.zero_stage=2"
+            "model.lora.dora=true requires the norms of whole weights, but train.zero_stage=3 partitions the weights; set "
+            "train.zero_stage=2"
         )
     if lora.pissa and train.zero_stage == 3:
         yield (
@@ -132,14 +132,15 @@ def _quantization(config: Config) -> Iterator[str]:
         )
     if trains and config.train.zero_stage == 3 and model.quantization == "8bit":
         yield (
-            f"{named} keeps whole weights on each worker, but train.zero_stage=3 partitions; set train.zero_stage=2, or use 4bit"
+            f"{named} keeps whole weights on each worker, but train.zero_stage=3 partitions them; set train.zero_stage=2, or "
+            "use 4bit"
         )
     if model.finetuning == "lora" and model.lora.pissa:
         yield f"model.lora.pissa=true requires unquantized weights, but {named}; set only one of them"
     if len(model.adapters) > 1 or (model.adapters and model.new_adapter):
         yield (
             f"{named} cannot merge adapters, but model.adapters lists adapters to merge; merge them first with raysft export, "
-            "or list only the one to continue"
+            "or list only the one to continue training"
         )
 
 
@@ -162,13 +163,13 @@ def _precision(config: Config) -> Iterator[str]:
             )
     if train.compile and train.zero_stage == 3 and model.quantization:
         yield (
-            f"train.compile=true computes with whole layers, but model.quantization={model.quantization} and train.zero_stage=3 "
-            "give the weights of one matrix at a time; set train.zero_stage=2 or train.compile=false"
+            f"train.compile=true compiles whole layers, but model.quantization={model.quantization} and train.zero_stage=3 "
+            "gather the weights of one matrix at a time; set train.zero_stage=2 or train.compile=false"
         )
     if train.compile and train.router_aux_loss_coef:
         yield (
-            f"train.router_aux_loss_coef={train.router_aux_loss_coef:g} listens to routers inside of layers, but "
-            "train.compile=true compiles these; set train.compile=false"
+            f"train.router_aux_loss_coef={train.router_aux_loss_coef:g} reads the routers' outputs inside layers, but "
+            "train.compile=true compiles the layers; set train.compile=false"
         )
     if model.liger and not use_gpu:
         yield "model.liger=true requires GPUs, but scaling.use_gpu=false; set scaling.use_gpu=true or model.liger=false"
@@ -206,7 +207,7 @@ def _offload(config: Config) -> Iterator[str]:
     ):
         if value != usual and not train.gradient_checkpointing:
             yield (
-                f"{key}={value} is about layers that are recomputed, but train.gradient_checkpointing=false; set it to true, or "
+                f"{key}={value} applies to recomputed layers, but train.gradient_checkpointing=false; set it to true, or "
                 f"remove {key}"
             )
     if "nvme" in (optimizer, parameters) and not train.offload.folder:
@@ -260,8 +261,8 @@ def _generation(config: Config) -> Iterator[str]:
         )
     if generate.max_seconds is not None:
         yield (
-            f"generate.batching=continuous has no batches to time, but generate.max_seconds={generate.max_seconds:g}; "
-            f"{remedy} remove max_seconds"
+            "generate.batching=continuous cannot limit the time of a batch, but "
+            f"generate.max_seconds={generate.max_seconds:g}; {remedy} remove max_seconds"
         )
 
 
@@ -275,8 +276,8 @@ def _vllm(config: Config) -> Iterator[str]:
         )
     if generate.max_seconds is not None:
         yield (
-            f"generate.engine=vllm has no batches to time, but generate.max_seconds={generate.max_seconds:g}; "
-            f"remove max_seconds, {alternative}"
+            f"generate.engine=vllm cannot limit the time of a batch, but generate.max_seconds={generate.max_seconds:g}; remove "
+            f"max_seconds, {alternative}"
         )
     if generate.batching != "auto":
         yield (
@@ -296,7 +297,7 @@ def _vllm(config: Config) -> Iterator[str]:
     elif config.stage == "sft" and model.finetuning == "lora" and model.lora.extra_modules:
         unsupported = f"model.lora.extra_modules={model.lora.extra_modules}"
     elif config.stage == "sft" and model.finetuning == "lora" and model.new_tokens.tokens:
-        unsupported = "model.new_tokens has the embeddings trained with them"
+        unsupported = "model.new_tokens trains the embeddings along with them"
     if unsupported:
         yield f"generate.engine=vllm supports only plain LoRA adapters, but {unsupported}; change that, {alternative}"
 
@@ -306,5 +307,5 @@ def _generation_sources(config: Config) -> Iterator[str]:
     for name in config.generate.sources:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"use names of {', '.join(known):.200}"
+            hint = f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(known):.200}"
             yield f"generate.sources contains {name!r}, but neither data.eval nor data.train has such a source; {hint}"

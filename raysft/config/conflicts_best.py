@@ -18,7 +18,7 @@ def best_model(config: Config) -> Iterator[str]:
         for key in ("best_metric", "best_mode"):
             if (value := getattr(train, key)) != TrainSection.model_fields[key].default:
                 yield (
-                    f"train.{key}={value} says which evaluation is the best, but nothing compares evaluations; set "
+                    f"train.{key}={value} determines which evaluation is the best, but no setting compares evaluations; set "
                     f"train.keep_best=true or train.early_stopping.patience, or remove {key}"
                 )
         return
@@ -47,18 +47,17 @@ def _generated(config: Config) -> Iterator[str]:
     named = f"train.best_metric={config.train.best_metric}"
     every, instead = config.generate.every_steps, "or set train.best_metric=eval_loss"
     if config.stage != "sft":
-        yield f"{named} scores answers that the model generates, but stage={config.stage} trains on raw text; use eval_loss"
+        yield f"{named} scores predictions, but stage={config.stage} trains on raw text; use eval_loss"
     elif not config.generate.enabled:
-        yield f"{named} scores answers that the model generates, but generate.enabled=false; set it to true, {instead}"
+        yield f"{named} scores predictions, but generate.enabled=false; set it to true, {instead}"
     elif not config.generates:
         yield (
-            f"{named} scores answers that the model generates, but nothing asks it any questions; set data.eval, data.holdout or "
-            f"generate.sources, {instead}"
+            f"{named} scores predictions, but there are no prompts; set data.eval, data.holdout or generate.sources, {instead}"
         )
     elif every is None:
         yield (
-            f"{named} compares answers that the model generates during the training, but generate.every_steps=null generates "
-            f"them only at the end; set it to a number of steps, {instead}"
+            f"{named} compares predictions made during training, but generate.every_steps=null generates them only at the end; "
+            f"set it to a number of steps, {instead}"
         )
     if config.train.best_metric not in score_names(config) and not has_foreign_metrics(config):
         yield _unknown(config)

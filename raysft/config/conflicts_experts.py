@@ -16,7 +16,7 @@ def experts_conflicts(config: Config) -> Iterator[str]:
     trains = config.evaluate.model is None  # else no verb does
     if trains and model.finetuning != "lora":
         yield (
-            f"{named} keeps the experts frozen and trains their LoRA, but model.finetuning={model.finetuning}; set "
+            f"{named} freezes the experts and trains LoRA adapters on them, but model.finetuning={model.finetuning}; set "
             "model.finetuning=lora, or model.experts=auto with train.zero_stage=3 and train.offload.parameters=cpu"
         )
     if model.quantization:
@@ -28,7 +28,7 @@ def experts_conflicts(config: Config) -> Iterator[str]:
     if model.liger:
         yield f"{named} and model.liger=true both replace the experts' computation; set only one of them"
     if (size := config.scaling.sequence_parallel) > 1:
-        yield f"{named} has not been tried with scaling.sequence_parallel={size}; set only one of them"
+        yield f"{named} has not been tested with scaling.sequence_parallel={size}; set only one of them"
     if train.compile:
         yield f"{named} runs the experts outside of compiled layers, but train.compile=true; set train.compile=false"
     if train.fp8 != "off":
@@ -36,5 +36,5 @@ def experts_conflicts(config: Config) -> Iterator[str]:
     if train.reference_model is not None:
         yield (
             f"{named} holds the experts of one model, but train.reference_model={train.reference_model} is another; remove "
-            "train.reference_model, which then is the model that training starts from, or set model.experts=auto"
+            "train.reference_model to use the model that training starts from, or set model.experts=auto"
         )

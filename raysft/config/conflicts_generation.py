@@ -14,7 +14,7 @@ def step_generation(config: Config) -> Iterator[str]:
         return
     named = f"generate.every_steps={every}"
     if config.stage == "pt":
-        yield f"{named} predicts answers in conversations, but stage=pt trains on raw text; remove it, or set stage=sft"
+        yield f"{named} generates answers in conversations, but stage=pt trains on raw text; remove it, or set stage=sft"
     elif not config.generate.enabled:
         yield f"{named} generates during training, but generate.enabled=false; set it to true, or remove every_steps"
     elif not config.generates:

@@ -17,6 +17,6 @@ def loss_conflicts(config: Config) -> Iterator[str]:
         )
     if train.reference_model is not None and train.loss != "asft":
         yield (
-            f"train.reference_model={train.reference_model} is what train.loss=asft stays close to, but "
-            f"train.loss={train.loss}; set train.loss=asft or remove train.reference_model"
+            f"train.reference_model={train.reference_model} is used only by train.loss=asft, but train.loss={train.loss}; set "
+            "train.loss=asft or remove train.reference_model"
         )

@@ -54,7 +54,7 @@ def optimizer_conflicts(config: Config) -> Iterator[str]:
     if offload == "nvme" and name != "adamw" and kind.elementwise:
         yield f"train.offload.optimizer=nvme supports only adamw, but {named}; use adamw or train.offload.optimizer=cpu"
     if offload == "cpu" and name.startswith("paged_"):
-        yield f"{named} pages its own states, but train.offload.optimizer=cpu offloads them as well; set it to none"
+        yield f"{named} pages its states itself, but train.offload.optimizer=cpu offloads them as well; set it to none"
     if kind.averages and train.schedule not in SCHEDULED:
         yield (
             f"{named} averages weights instead of following a schedule, but train.schedule={train.schedule}; "

@@ -31,6 +31,6 @@ def pure_bf16_conflicts(config: Config) -> Iterator[str]:
         )
     if train.optimizer == "badam":
         yield (
-            "train.pure_bf16=true has no float32 copies, but train.optimizer=badam makes them of the block that it trains; "
+            "train.pure_bf16=true has no float32 copies, but train.optimizer=badam makes them for the block that it trains; "
             "remove train.pure_bf16 or use another optimizer"
         )

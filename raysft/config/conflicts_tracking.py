@@ -30,12 +30,12 @@ def tracking(config: Config) -> Iterator[str]:
     project, key = names.project, f"train.tracking.project={names.project}"
     for tracker, (pattern, title, words) in PROJECTS.items():
         if project and tracker in trackers and not pattern.fullmatch(project):
-            yield f"{key}, but the name of a project in {title} has {words}; choose another name"
+            yield f"{key}, but a project name in {title} has {words}; choose another name"
     if project and "trackio" in trackers and RESERVED.fullmatch(re.sub(r"[^\w-]", "", project)):
         yield f"{key}, but trackio reserves this name for its own files; choose another name"
     refused = next((tag for tag in names.tags if not MLFLOW_TAG.fullmatch(tag.partition("=")[0])), None)
     if refused is not None and "mlflow" in trackers:
         yield (
-            f"train.tracking.tags has {refused}, but the key of a tag in MLflow has at most 250 characters: letters from a to z, "
+            f"train.tracking.tags has {refused}, but a tag key in MLflow has at most 250 characters: letters from a to z, "
             "digits, spaces and / . : _ -; rename the tag"
         )

@@ -28,15 +28,15 @@ _EFFECTS = ("NoSchedule", "PreferNoSchedule", "NoExecute")
 
 def _object_name(value: str) -> str:
     if len(value) > 253 or not _OBJECT_NAME.fullmatch(value):
-        raise ValueError("must be the name of an object in Kubernetes: lower-case letters, digits, '-' and '.'")
+        raise ValueError("must be a Kubernetes object name: lower-case letters, digits, '-' and '.'")
     return value
 
 
 def _short_name(value: str) -> str:
     if len(value) > LABEL_LENGTH or not re.fullmatch(_LABEL, value):
         raise ValueError(
-            f"must be a short name in Kubernetes: at most {LABEL_LENGTH} lower-case letters, digits and '-', a letter or digit "
-            "at both ends"
+            f"must be a short Kubernetes name: at most {LABEL_LENGTH} lower-case letters, digits and '-', a letter or digit at "
+            "both ends"
         )
     return value
 
@@ -48,8 +48,7 @@ def _selected(value: str) -> str:
 def _label_value(value: str) -> str:
     if len(value) > LABEL_LENGTH or not _WORD.fullmatch(value):
         raise ValueError(
-            f"must be the value of a label: at most {LABEL_LENGTH} letters, digits, '-', '_' and '.', a letter or digit at both "
-            "ends"
+            f"must be a label value: at most {LABEL_LENGTH} letters, digits, '-', '_' and '.', a letter or digit at both ends"
         )
     return value
 
@@ -66,7 +65,7 @@ def _label(value: str) -> str:
 def _device(value: str) -> str:
     if value in _POD_RESOURCES or ("/" not in value and not value.startswith("hugepages-")):
         raise ValueError(
-            "must be the name of a device like nvidia.com/gpu; cpus, memory and disk are keys of their own"
+            "must be the name of a device such as nvidia.com/gpu; cpus, memory and disk have their own keys"
         )
     return _label(value)
 
@@ -91,28 +90,28 @@ def _image(value: str) -> str:
 
 def _variable(value: str) -> str:
     if not _VARIABLE.fullmatch(value):
-        raise ValueError("must be the name of a variable: letters, digits, '_', '-' and '.', no digit at its beginning")
+        raise ValueError("must be a variable name: letters, digits, '_', '-' and '.', not starting with a digit")
     return value
 
 
 def _text(value: str) -> str:
     if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
-        raise ValueError("no process can have such characters in its environment; remove them")
+        raise ValueError("contains characters that cannot occur in a process's environment; remove them")
     return value
 
 
 def _toleration(value: dict[str, Any]) -> dict[str, Any]:
     if unknown := value.keys() - _TOLERATION:
-        raise ValueError(f"a toleration has no {min(unknown)}; use {', '.join(sorted(_TOLERATION))}")
+        raise ValueError(f"a toleration has no key {min(unknown)}; use {', '.join(sorted(_TOLERATION))}")
     operator, seconds = value.get("operator", "Equal"), value.get("tolerationSeconds")
     if operator not in ("Exists", "Equal") or value.get("effect", _EFFECTS[0]) not in _EFFECTS:
         raise ValueError(f"operator must be Exists or Equal, and effect one of {', '.join(_EFFECTS)}")
     if "key" in value:
         _label(_string(value, "key"))
     elif operator != "Exists":
-        raise ValueError("a toleration without key needs operator: Exists")
+        raise ValueError("a toleration without a key needs operator: Exists")
     if "value" in value and operator == "Exists":
-        raise ValueError("operator: Exists has no value; remove it")
+        raise ValueError("operator: Exists does not take a value; remove it")
     if value.get("value"):
         _label_value(_string(value, "value"))
     if seconds is not None and (type(seconds) is not int or value.get("effect") != "NoExecute"):

@@ -70,7 +70,7 @@ def convert_file(path: str | Path, overrides: Sequence[str] = ()) -> tuple[str, 
     path = Path(path)
     raw, lines = _parse_yaml(_read(path), path)
     if not is_llamafactory(raw, lambda key: _place(path, lines, key)):
-        raise RequestError(f"{path}: has no key of LLaMA-Factory; use a file that llamafactory-cli train takes")
+        raise RequestError(f"{path}: contains no LLaMA-Factory keys; use a file written for llamafactory-cli train")
     conversion, overrides = _convert(raw, overrides)
     if conversion.command:
         return render(conversion, path.name), None
@@ -94,13 +94,14 @@ def export_arguments(path: str | Path) -> list[str]:
     raw, lines = _parse_yaml(_read(path), path)
     if not is_llamafactory(raw, lambda key: _place(path, lines, key)) or not raw.get("export_dir"):
         raise RequestError(
-            f"{path}: is not a file for llamafactory-cli export, as it has no export_dir; give one, a run directory or a model"
+            f"{path}: is not a config for llamafactory-cli export, because it has no export_dir; give such a config, a run "
+            "directory or a model"
         )
     conversion = convert(raw)
     if not conversion.command:
         others = [refusal for refusal in conversion.refusals if refusal.key != "export_dir"]
         refuse(replace(conversion, refusals=others), lambda key: _place(path, lines, key))
-        raise RequestError(f"{path}: asks for a training; give the run directory that it makes")
+        raise RequestError(f"{path}: is a training config; give the run directory that the training writes")
     return list(conversion.arguments)
 
 

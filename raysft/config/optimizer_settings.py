@@ -61,8 +61,8 @@ def setting_conflicts(train: TrainSection) -> Iterator[str]:
         elif (value := getattr(train, key)) != getattr(_DEFAULTS, key):
             shown = list(value) if isinstance(value, tuple) else f"{value:g}"
             yield (
-                f"train.{key}={shown} is for optimizers with Adam's {key}, but {named} has its own; "
-                "remove it, and set train.optimizer_options"
+                f"train.{key}={shown} applies to optimizers with Adam's {key}, but {named} has its own; remove it, and set "
+                "train.optimizer_options"
             )
     for option, key in keys.items():
         if option in options:

@@ -198,10 +198,10 @@ OPTIMIZERS: dict[str, OptimizerKind] = {
 }
 """Name → kind."""
 
-_CLOSURE = "needs the loss of the same rows several times in a step, which raysft computes once"
-_SECOND = "needs second derivatives, which a backward pass under DeepSpeed does not keep"
-_FUSED = "updates weights during the backward pass, so that gradients neither accumulate nor are clipped"
-_LOSS = "needs the value of each step's loss, which optimizers do not get here"
+_CLOSURE = "needs the loss of the same rows several times per step, but raysft computes it once"
+_SECOND = "needs second derivatives, which are not available in a backward pass under DeepSpeed"
+_FUSED = "updates weights during the backward pass, which rules out gradient accumulation and clipping"
+_LOSS = "needs the value of each step's loss, which is not passed to optimizers here"
 _WRAPS = "wraps another optimizer"
 _SCHEDULE = "has a learning-rate schedule of its own"
 REFUSED: dict[str, str] = {
@@ -209,7 +209,7 @@ REFUSED: dict[str, str] = {
     "adago": "takes steps of at least 0.0005, however small the learning rate",
     "adahessian": _SECOND,
     "adalomo": _FUSED,
-    "adashift": "keeps a queue of gradients, which checkpoints cannot hold",
+    "adashift": "keeps a queue of gradients, which cannot be saved in checkpoints",
     "alig": _CLOSURE,
     "apollo_dqn": _SCHEDULE,
     "bsam": _CLOSURE,
@@ -220,10 +220,10 @@ REFUSED: dict[str, str] = {
     "emo_lynx": _LOSS,
     "emo_navi": _LOSS,
     "friendly_sam": _CLOSURE,
-    "ftrl": "sets weights to 0 that have no gradient, such as LoRA's A in the first step",
-    "gravity": "begins with random updates, which are as large as a pretrained model's weights",
+    "ftrl": "zeroes weights that have no gradient, such as LoRA's A in the first step",
+    "gravity": "starts with random updates that are as large as a pretrained model's weights",
     "gsam": _CLOSURE,
-    "kron": "takes too long on large matrices: time grows with the fourth power of their sides",
+    "kron": "is too slow for large matrices: its time grows with the fourth power of their dimensions",
     "lbfgs": _CLOSURE,
     "lomo": _FUSED,
     "look_sam": _CLOSURE,
@@ -231,7 +231,7 @@ REFUSED: dict[str, str] = {
     "lora_rite": "needs the two matrices of a LoRA adapter together",
     "magma": _WRAPS,
     "muon_clip": "needs the largest attention logits of each step, which models do not return",
-    "nero": "scales the weights of each neuron to length 1, which those of pretrained models do not have",
+    "nero": "normalizes the weights of each neuron to length 1, unlike those of pretrained models",
     "orthograd": _WRAPS,
     "pcgrad": _WRAPS,
     "ranger21": _SCHEDULE,

@@ -20,7 +20,7 @@ class Effect(Enum):
     """The new value applies from the first step after the checkpoint."""
     EPOCH = "can change with --allow-changed, from the next epoch on"
     """The current epoch is completed with the old value, so that it contains each example once."""
-    NEVER = "cannot change in a run that has started"
+    NEVER = "cannot change once a run has started"
     """The state of the run or its rows would no longer match."""
 
 

@@ -36,13 +36,13 @@ def rope_settings(value: str | Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"has no rope_type; set it to one of {', '.join(get_args(RopeType))}")
     kind = str(settings["rope_type"])
     if kind not in OWN:
-        raise ValueError(f"rope_type={kind} is none of {', '.join(get_args(RopeType))}; use one of them")
+        raise ValueError(f"rope_type={kind} is not a known type; use one of {', '.join(get_args(RopeType))}")
     known = (*COMMON, *OWN[kind])
     for name, setting in settings.items():
         if name not in known:
             near = difflib.get_close_matches(str(name), known, 1)
             raise ValueError(
-                f"{name} is no setting of {kind}; "
+                f"{name} is not a setting of {kind}; "
                 + (f"did you mean {near[0]}?" if near else f"use {', '.join(known)}")
             )
         if name != "rope_type":

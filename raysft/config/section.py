@@ -71,7 +71,7 @@ def known_scheme(value: str) -> str:
     """Return the path or URI unchanged if raysft supports its scheme; raise ValueError otherwise."""
     scheme, found, rest = _possible_path(value).partition("://")
     if found and not rest:
-        raise ValueError(f"{value} names no bucket or folder; add it")
+        raise ValueError(f"{value} does not name a bucket or folder; add one")
     if found and scheme not in (*SCHEMES, "file"):
         raise ValueError(f"{scheme}:// is not supported; use a path, or one of {', '.join(SCHEMES)}")
     return value

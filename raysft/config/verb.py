@@ -19,7 +19,7 @@ def verb_of(config: Config) -> Literal["run", "tune", "evaluate", "generate"]:
     evaluated, generates = config.evaluate.model, config.generate.model
     if evaluated is not None and generates is not None:
         raise RequestError(
-            f"one command evaluates or generates, but evaluate.model={evaluated} and generate.model={generates} are both set; set "
-            "one to null, and do the other afterwards"
+            f"a command either evaluates or generates, but evaluate.model={evaluated} and generate.model={generates} are both "
+            "set; set one to null, and do the other afterwards"
         )
     return "evaluate" if evaluated is not None else "generate" if generates is not None else "run"

@@ -119,7 +119,7 @@ def test_an_error_in_the_file_is_not_blamed_on_an_override_beside_it(write):
         ),
         (
             "learning_rate: 1\n",
-            "c.yaml:8: learning_rate is a key of LLaMA-Factory, but model … write train.learning_rate",
+            "c.yaml:8: learning_rate is a LLaMA-Factory key, but model … write train.learning_rate",
         ),
         ("learning_rat: 1\n", "c.yaml:8: unknown key learning_rat; did you mean train.learning_rate?"),
         ("lora: {rank: 1}\n", "c.yaml:8: unknown key lora; did you mean model.lora?"),
@@ -165,7 +165,7 @@ def test_an_unknown_key_comes_before_other_errors(write):
         ),
         ("scaling: {data_label: -a=b}", "c.yaml:8: scaling.data_label='-a=b' … must be KEY=VALUE"),
         ("run: {seed: -1}", "c.yaml:8: run.seed=-1 … must be greater than or equal to 0"),
-        ("run: {storage: 's3://'}", "c.yaml:8: run.storage='s3://' … names no bucket or folder; add it"),
+        ("run: {storage: 's3://'}", "c.yaml:8: run.storage='s3://' … does not name a bucket or folder; add one"),
         ('run: {storage: "a\\0b"}', "c.yaml:8: run.storage= … NUL character; remove it"),
         (f"run: {{storage: {'a' * 5000}}}", "c.yaml:8: run.storage='aaa … has 5000; shorten it"),
         (

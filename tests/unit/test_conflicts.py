@@ -230,11 +230,11 @@ COMPARES = {
         ),
         (
             {"train__trackers": ["wandb"], "train__tracking__project": "a/b"},
-            "train.tracking.project=a/b … a project in W&B has at most 128 characters and none of / … choose another name",
+            "train.tracking.project=a/b … a project name in W&B has at most 128 characters and none of / … choose another name",
         ),
         (
             {"train__trackers": ["swanlab"], "train__tracking__project": "my project"},
-            "train.tracking.project=my project … a project in SwanLab has at most 100 characters: letters",
+            "train.tracking.project=my project … a project name in SwanLab has at most 100 characters: letters",
         ),
         (
             {"train__trackers": ["trackio"], "train__tracking__project": "a.b_system"},
@@ -319,9 +319,9 @@ COMPARES = {
         ),
         (
             {"train__best_metric": "eval_accuracy"},
-            "train.best_metric=eval_accuracy … nothing compares … train.keep_best=true or train.early_stopping.patience",
+            "train.best_metric=eval_accuracy … no setting compares … train.keep_best=true or train.early_stopping.patience",
         ),
-        ({"train__best_mode": "max"}, "train.best_mode=max … nothing compares … or remove best_mode"),
+        ({"train__best_mode": "max"}, "train.best_mode=max … no setting compares … or remove best_mode"),
         ({**COMPARES, "train__best_metric": "accuracy"}, "train.best_metric=accuracy … did you mean eval_accuracy?"),
         ({**COMPARES, "train__best_metric": "rouge-l"}, "train.best_metric=rouge-l … did you mean predict_rouge-l?"),
         (
@@ -348,7 +348,7 @@ COMPARES = {
         ),
         (
             {**COMPARES, "train__best_metric": "predict_bleu-4"},
-            "train.best_metric=predict_bleu-4 … during the training … generate.every_steps=null … eval_loss",
+            "train.best_metric=predict_bleu-4 … during training … generate.every_steps=null … eval_loss",
         ),
         ({"train__eval_delay": 3}, "train.eval_delay=3 … train.eval_every_steps is not set; set it, or … remove"),
         (

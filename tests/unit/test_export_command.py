@@ -610,7 +610,7 @@ def test_a_file_for_llamafactorys_export_is_taken_as_it_is(model, adapters, tmp_
     assert main(["convert", "merge.yaml"]) == 0
     header, *_, last = capsys.readouterr().out.splitlines()
     assert header.startswith(
-        "# merge.yaml asks for an export. The command at the end does that; raysft export merge.yaml"
+        "# merge.yaml is an export config. The command at the end does the export; so does raysft export merge.yaml"
     )
     command = last.split()
     assert command[:2] == ["raysft", "export"]
@@ -623,7 +623,7 @@ def test_a_file_for_llamafactorys_export_is_taken_as_it_is(model, adapters, tmp_
     Path("quantized.yaml").write_text(json.dumps({**keys, "export_quantization_bit": 4}))
     assert "export_quantization_bit=4 is not supported" in refused(capsys, "quantized.yaml")
     Path("own.yaml").write_text("model: {path: m}\n")
-    assert "is not a file for llamafactory-cli export" in refused(capsys, "own.yaml", "--output", "x")
+    assert "is not a config for llamafactory-cli export" in refused(capsys, "own.yaml", "--output", "x")
 
 
 def test_the_modelfile_stops_where_the_model_does_and_has_its_system_prompt(run, model, tmp_path):

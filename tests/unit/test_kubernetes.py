@@ -469,7 +469,7 @@ REFUSALS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "CPUs among the devices": (
         ("cluster.workers.resources={cpu: 64}",),
-        ("cluster.workers.resources", "'cpu'", "keys of their own"),
+        ("cluster.workers.resources", "'cpu'", "their own keys"),
     ),
     "GPUs twice": (
         ("cluster.workers.resources={nvidia.com/gpu: 4}",),

@@ -494,16 +494,16 @@ def test_the_converted_config_names_the_verb_that_takes_it(write, keys, verb):
 def test_keys_at_their_defaults_are_listed_as_such_and_those_of_trainings_in_other_files():
     keys = {"save_only_model": False, "resume_from_checkpoint": None, "report_to": "none"}
     conversion = convert({**MINIMAL, **keys, "do_train": False, "do_eval": True, "val_size": 9})
-    assert conversion.harmless["report_to"] == "only a training reads it"
+    assert conversion.harmless["report_to"] == "only used for training"
     assert "save_only_model, resume_from_checkpoint: have their defaults" in render(conversion, "a.yaml")
     assert converted(**keys).config["train"]["trackers"] == []
     badam = converted(use_badam=True, finetuning_type="full", save_steps=2, save_total_limit=3).harmless
     assert (
         badam["save_steps"]
         == badam["save_total_limit"]
-        == "a training with BAdam cannot resume, so it writes no checkpoints"
+        == "training with BAdam cannot resume, so it writes no checkpoints"
     )
-    assert "resuming" in converted(save_only_model=True).harmless["save_only_model"]
+    assert "needed to resume" in converted(save_only_model=True).harmless["save_only_model"]
 
 
 def test_overrides_may_name_keys_of_both(write):
@@ -540,7 +540,7 @@ def test_keys_of_conversations_have_no_effect_on_raw_text_and_are_told(write):
         ({"learning_rate": True}, "lf.yaml:4: learning_rate=true: must be a number"),
         ({"learning_rate": -1}, "lf.yaml:4: train.learning_rate=-1.0: must be greater than 0"),
         ({"dataset": "a,,b"}, "lf.yaml:2: dataset='a,,b': must be names"),
-        ({"task": "mmlu_test"}, "lf.yaml:4: unknown key task; it is for llamafactory-cli eval … use lm-evaluation-harness"),
+        ({"task": "mmlu_test"}, "lf.yaml:4: unknown key task; it belongs to llamafactory-cli eval … use lm-evaluation-harness"),
         ({"batch_size": 2}, "lf.yaml:4: unknown key batch_size; did you mean per_device_train_batch_size, or per_device_eval"),
         ({"save_dir": "x"}, "lf.yaml:4: unknown key save_dir; did you mean output_dir?"),
         ({"do_train": False, "do_eval": True}, "lf.yaml:4: do_eval=true … rename dataset to eval_dataset to use a"),
@@ -556,7 +556,7 @@ def test_keys_of_conversations_have_no_effect_on_raw_text_and_are_told(write):
             "lf.yaml:6: swanlab_project=b differs from project=a … remove one",
         ),
         ({"swanlab_api_key": "hidden"}, "lf.yaml:4: swanlab_api_key is not supported; remove it and set SWANLAB_API_KEY"),
-        ({"report_to": "wandb", "project": "a/b"}, "train.tracking.project=a/b … a project in W&B has at most 128 … choose"),
+        ({"report_to": "wandb", "project": "a/b"}, "train.tracking.project=a/b … a project name in W&B has at most 128 … choose"),
         ({"lr_scheduler_type": "greedy"}, "lf.yaml:4: lr_scheduler_type='greedy': must be one of linear, cosine"),
         ({"val_size": 1}, "lf.yaml:4: val_size=1 … use 2 or more"),
         ({"eval_dataset": "b", "val_size": 0.1}, "lf.yaml:5: val_size=0.1 … eval_dataset … remove one"),
@@ -580,7 +580,7 @@ def test_keys_of_conversations_have_no_effect_on_raw_text_and_are_told(write):
         ({"new_special_tokens": "<a>"}, "lf.yaml:4: unknown key new_special_tokens … add_special_tokens; rename it"),
         ({"hf_hub_token": "secret"}, "lf.yaml:4: hf_hub_token is not supported … HF_TOKEN"),
         ({"use_unsloth": True, "fsdp": "full_shard"}, "lf.yaml:4: use_unsloth=true … (and 1 more, which raysft convert lists"),
-        ({"use_kt": True, "kt_weight_path": "w"}, "lf.yaml:5: kt_weight_path='w' … remove it: the experts are those of the model"),
+        ({"use_kt": True, "kt_weight_path": "w"}, "lf.yaml:5: kt_weight_path='w' … remove it: the experts' weights come from the model itself"),
         ({"use_kt": True, "kt_use_lora_experts": True}, "lf.yaml:5: kt_use_lora_experts=true … remove it"),
         ({"use_kt": True, "finetuning_type": "full"}, "model.experts=kt … model.finetuning=full … zero_stage=3"),
         ({"use_galore": True, "use_muon": True}, "lf.yaml:5: use_galore and use_muon"),
@@ -596,13 +596,13 @@ def test_keys_of_conversations_have_no_effect_on_raw_text_and_are_told(write):
         ({"optim": "galore_adamw_layerwise"}, "lf.yaml:4: optim='galore_adamw_layerwise': updates weights during"),
         ({"optim": "lomo"}, "lf.yaml:4: optim='lomo': this optimizer cannot be used"),
         ({"optim": "ademamix_8bit"}, "lf.yaml:4: optim='ademamix_8bit': is not supported; use ademamix"),
-        ({"export_dir": "merged", "dataset": None}, "lf.yaml:4: the file asks for an export … raysft export m --output merged"),
+        ({"export_dir": "merged", "dataset": None}, "lf.yaml:4: this is an export config … raysft export m --output merged"),
         ({"export_hub_model_id": "o/n"}, "lf.yaml:4: export_hub_model_id='o/n' … raysft export RUN_DIR --push ORG/NAME"),
         ({"push_to_hub": True, "hub_model_id": "o/n"}, "lf.yaml:4: push_to_hub=true … raysft export RUN_DIR --push ORG/NAME"),
         ({"do_train": False}, "lf.yaml:3: do_train=false leaves nothing to do; set do_train: true"),
         (
             {"do_train": False, "do_eval": True, "val_size": 9, "adapter_name_or_path": "x,y"},
-            "lf.yaml:6: adapter_name_or_path: evaluations take one adapter",
+            "lf.yaml:6: adapter_name_or_path: evaluations accept only one adapter",
         ),
         ({"model_name_or_path": None}, "lf.yaml:1: model_name_or_path is required"),
         ({"dataset": None}, "lf.yaml:2: dataset is required"),
@@ -612,7 +612,7 @@ def test_keys_of_conversations_have_no_effect_on_raw_text_and_are_told(write):
             "lf.yaml:2: dataset is required … to hold a part out of",
         ),
         ({"stage": "pt", "do_train": None, "do_predict": True}, "lf.yaml:3: do_train=false leaves nothing to do"),
-        ({"data": {"train": []}}, "lf.yaml:1: model_name_or_path … LLaMA-Factory, but data … raysft; write model.path"),
+        ({"data": {"train": []}}, "lf.yaml:1: model_name_or_path … LLaMA-Factory key, but data … raysft section; write model.path"),
     ],
 )  # fmt: skip
 def test_what_is_refused(write, keys, parts):
@@ -658,7 +658,7 @@ def test_convert_prints_or_writes_the_config_and_says_what_is_refused(write, cap
     path = write({**MINIMAL, "val_size": 0.1, "overwrite_cache": True})
     assert main(["convert", path]) == 0
     printed = capsys.readouterr().out
-    assert "overwrite_cache: tokens are cached" in printed
+    assert "overwrite_cache: tokens are always cached" in printed
     assert "holdout: 0.1  # chosen by a hash" in printed
     assert main(["convert", path, "--output", "new.yaml"]) == 0
     assert Path("new.yaml").read_text() == printed
@@ -684,7 +684,7 @@ def test_convert_prints_or_writes_the_config_and_says_what_is_refused(write, cap
     assert "raysft export m" not in seen.out + seen.err
     Path("own.yaml").write_text("model: {path: m}\n")
     assert main(["convert", "own.yaml"]) == 2
-    assert "no key of LLaMA-Factory" in capsys.readouterr().err
+    assert "contains no LLaMA-Factory keys" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("examples", "batch", "accumulation", "workers", "keys"), [

@@ -67,7 +67,7 @@ def _here(tmp_path, monkeypatch):
         ),
         (
             "c.yaml generate.sources=[b]",
-            "generate.sources contains 'b', but neither data.eval nor data.train has such a source; use names of a",
+            "generate.sources contains 'b', but neither data.eval nor data.train has such a source; use one of a",
         ),
     ],
 )

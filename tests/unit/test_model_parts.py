@@ -164,10 +164,10 @@ def test_a_module_of_another_part_is_refused(folders):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"finetuning": "lora", "train_parts": ["projector"]}, "needs language or vision to put adapters on"),
+        ({"finetuning": "lora", "train_parts": ["projector"]}, "needs language or vision, which can have adapters"),
         ({"finetuning": "freeze", "train_parts": ["vision"]}, "freeze trains layers of the language model"),
         ({"finetuning": "full", "train_parts": ["vision"], "new_layers": 1}, "adds layers to the language model"),
-        ({"finetuning": "full", "train_parts": ["vision"], "new_tokens.plain": ["<b>"]}, "needs embeddings trained"),
+        ({"finetuning": "full", "train_parts": ["vision"], "new_tokens.plain": ["<b>"]}, "requires trained embeddings"),
     ],
 )
 def test_settings_that_need_the_language_model(tmp_path, settings, message):

@@ -267,7 +267,7 @@ def test_three_positions_a_token_are_refused(tmp_path, base):
         ({"rope_type": "llama3", "factor": 4, "low_freq_factor": 0}, "low_freq_factor=0 must be a number above 0"),
         ({"rope_type": "yarn", "factor": 4, "attention_factor": 0}, "attention_factor=0 must be a number above 0"),
         ({"rope_type": "yarn", "factor": 4, "beta_slow": 32}, "beta_fast=32 must be above beta_slow=32"),
-        ({"rope_type": "linear", "beta_fast": 4}, "beta_fast is no setting of linear"),
+        ({"rope_type": "linear", "beta_fast": 4}, "beta_fast is not a setting of linear"),
         ({"factor": 4}, "has no rope_type; set it to one of linear, dynamic, yarn, llama3"),
     ],
 )

@@ -93,11 +93,14 @@ def _stage(given: Settings) -> list[Refusal]:
     stage = given["stage"]
     if stage not in STAGES:
         return [
-            Refusal("stage", f"stage={stage} is not supported: raysft trains with sft and pt; use LLaMA-Factory for it")
+            Refusal(
+                "stage",
+                f"stage={stage} is not supported: raysft supports the stages sft and pt; use LLaMA-Factory for others",
+            )
         ]
     if given.exports and not given["do_train"]:
         command = export.export_command(given)
-        asked = Refusal("export_dir", f"the file asks for an export, not for a training; run {command}")
+        asked = Refusal("export_dir", f"this is an export config, not a training config; run {command}")
         return [*export.export_refusals(given), asked]
     if not (given.trains or given.predicts or given.evaluates_alone):
         remedy = "set do_train: true, do_eval: true, or do_predict and predict_with_generate: true"
@@ -183,15 +186,15 @@ def _reason(name: str, given: Settings) -> str:
     if not given.given(name) or (key.default is not None and given[name] == key.default):
         return DEFAULT
     if name == "do_eval" and not given.trains:
-        return "the predictions are scored instead"
+        return "predictions are scored instead"
     if key.reason:
         return key.reason
     if given.exports:
-        return "a model is exported with its own template and settings, and an adapter with those of its training"
+        return "a model is exported with its own template and settings, and an adapter with those it was trained with"
     if given["use_badam"] and key.path in ("train.save_every_steps", "train.keep_last"):
-        return "a training with BAdam cannot resume, so it writes no checkpoints"
+        return "training with BAdam cannot resume, so it writes no checkpoints"
     if key.path.startswith("train.") and not given.trains:
-        return "only a training reads it"
+        return "only used for training"
     if given[name] == key.default:
         return DEFAULT
-    return "has no effect beside the other keys"
+    return "has no effect in combination with the other keys"

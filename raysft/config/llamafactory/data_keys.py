@@ -5,8 +5,8 @@ from __future__ import annotations
 from raysft.config.llamafactory.keys import Key, Keys, harmless, joined, only, same
 from raysft.config.llamafactory.values import boolean, choice, names, number, positive, text, whole
 
-_CACHE = "tokens are cached, and found by what they were made from"
-_IN_TRAINING = "LLaMA-Factory reads it for predictions during training only; raysft predicts after it"
+_CACHE = "tokens are always cached, under a key derived from everything they depend on"
+_IN_TRAINING = "LLaMA-Factory uses it only for predictions during training; raysft predicts after training"
 MIXING = {
     "concat": "concat", "interleave_under": "first_exhausted", "interleave_over": "all_exhausted",
     "interleave_once": "once",
@@ -23,21 +23,23 @@ DATA: Keys = {
     "cutoff_len": same("data.sequence_length", whole, 2048),
     "train_on_prompt": same("data.train_on_prompt", boolean, False),
     "mask_history": same("data.mask_history", boolean, False),
-    "streaming": harmless("data is read in streams, but tokenized before the first step; examples are drawn from all of it"),
-    "buffer_size": harmless("examples are drawn from all of the data"),
+    "streaming": harmless("data is streamed, but tokenized before the first step; examples are shuffled over the whole dataset"),
+    "buffer_size": harmless("examples are shuffled over the whole dataset"),
     "mix_strategy": joined("data.mixing", choice(MIXING), "concat"),
     "interleave_probs": joined("data.train", names, []),
     "overwrite_cache": harmless(_CACHE),
-    "preprocessing_batch_size": harmless("packing looks at 10,000 examples at a time"),
+    "preprocessing_batch_size": harmless("packing works on 10,000 examples at a time"),
     "preprocessing_num_workers": harmless("Ray Data uses the CPUs of the cluster"),
     "max_samples": same("data.max_examples", positive),
     "eval_num_beams": harmless(_IN_TRAINING),
     "ignore_pad_token_for_loss": only(True, "remove it: raysft never trains on padding", boolean),
     "val_size": joined("data.holdout", number, 0.0),
-    "eval_on_each_dataset": harmless("each set has its own metrics, and there is their mean"),
+    "eval_on_each_dataset": harmless("metrics are always given for each set, along with their mean"),
     "packing": joined("data.packing", boolean),
     "neat_packing": joined("data.packing", boolean, False),
-    "tool_format": only(None, "remove it: the chat template says how tools are written; set template to one that does"),
+    "tool_format": only(
+        None, "remove it: the chat template determines how tools are written; set template to one that supports tools"
+    ),
     "default_system": same("data.default_system", str),
     "enable_thinking": joined("data.template_options", boolean, True),
     "preserve_thinking": joined("data.thinking", boolean, False),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from raysft.config.llamafactory.keys import PREFERENCES, Key, Keys, harmless, joined, only, same
 from raysft.config.llamafactory.values import boolean, names, number, option, targets, text, whole, word
 
-_SWANLAB = "only use_swanlab: true reads it"
+_SWANLAB = "only used with use_swanlab: true"
 
 FINETUNING: Keys = {
     "stage": joined("stage", word("pt", "sft", "rm", "ppo", "dpo", "kto"), "sft"),
@@ -31,7 +31,7 @@ FINETUNING: Keys = {
     "pissa_convert": joined("model.lora.pissa", boolean, False),
     "create_new_adapter": joined("model.new_adapter", boolean, False),
     "module_dropout": same("model.oft.dropout", number, 0.0),
-    "oft_rank": only(0, "remove it, and set oft_block_size to the number of a layer's inputs divided by the rank", whole),
+    "oft_rank": only(0, "remove it, and set oft_block_size to a layer's number of inputs divided by the rank", whole),
     "oft_block_size": same("model.oft.block_size", whole, 32),
     "oft_target": same("model.oft.target", targets, "all"),
     # Preferences.
@@ -86,17 +86,17 @@ FINETUNING: Keys = {
     # Other backends.
     "use_mca": only(False, "remove it; train.zero_stage: 3 partitions large models", boolean),
     "use_hyper_parallel": only(False, "remove it; train.zero_stage: 3 partitions large models", boolean),
-    "hyper_parallel_args": harmless("only use_hyper_parallel: true reads it"),
-    # Parts of models that see and hear.
+    "hyper_parallel_args": harmless("only used with use_hyper_parallel: true"),
+    # Parts of multimodal models.
     "freeze_vision_tower": joined("model.train_parts", boolean, True),
     "freeze_multi_modal_projector": joined("model.train_parts", boolean, True),
     "freeze_language_model": joined("model.train_parts", boolean, False),
     # Watching.
-    "compute_accuracy": harmless("evaluations always compute it, over tokens instead of examples"),
+    "compute_accuracy": harmless("evaluations always compute it, over tokens rather than examples"),
     "disable_shuffling": joined("data.shuffle", boolean, False),
     "early_stopping_steps": same("train.early_stopping.patience", whole),
-    "plot_loss": harmless("a run always leaves the plots"),
-    "include_effective_tokens_per_second": harmless("train_results.json always has effective_tokens_per_sec"),
+    "plot_loss": harmless("a run always writes the plots"),
+    "include_effective_tokens_per_second": harmless("train_results.json always contains effective_tokens_per_sec"),
     "use_swanlab": joined("train.trackers", boolean, False),
     "swanlab_project": joined("train.tracking.project", text, "llamafactory"),
     "swanlab_run_name": joined("train.tracking.run_name", text),

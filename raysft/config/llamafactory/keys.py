@@ -7,8 +7,8 @@ from typing import Any
 
 from raysft.config.llamafactory.values import Reader, anything
 
-PREFERENCES = "only stages rm, ppo, dpo and kto read it"
-VIDEOS = "only videos and audio need it, and raysft rejects records that have them"
+PREFERENCES = "only used in stages rm, ppo, dpo and kto"
+VIDEOS = "only used for video and audio, and raysft rejects records that contain them"
 
 
 @dataclass(frozen=True)

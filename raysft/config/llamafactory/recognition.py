@@ -30,8 +30,8 @@ def is_llamafactory(raw: Mapping[Any, Any], where: Callable[[str], str]) -> bool
         path = TABLE[flat[0]].path
         instead = f"write {path}" if path in schema() else f"remove {flat[0]}"
         raise RequestError(
-            f"{where(flat[0])}: {flat[0]} is a key of LLaMA-Factory, but {sections[0]} is a section of raysft; {instead}, or keep "
-            "only keys of LLaMA-Factory"
+            f"{where(flat[0])}: {flat[0]} is a LLaMA-Factory key, but {sections[0]} is a raysft section; {instead}, or keep "
+            "only LLaMA-Factory keys"
         )
     return bool(flat)
 

@@ -28,17 +28,17 @@ def render(conversion: Conversion, name: str) -> str:
         name: the file that it was converted from.
     """
     lines = [
-        f"# Converted from {name}, a config of LLaMA-Factory. Its defaults are written out where raysft has others."
+        f"# Converted from {name}, a LLaMA-Factory config. Its defaults are written out where they differ from raysft's."
     ]
     if conversion.command:
-        lines = [f"# {name} asks for an export. The command at the end does that; raysft export {name} does, too."]
+        lines = [f"# {name} is an export config. The command at the end does the export; so does raysft export {name}."]
     elif conversion.refusals:
-        lines += ["#", "# These keys are refused, so this config is not complete:"]
+        lines += ["#", "# These keys are not supported, so this config is incomplete:"]
         lines += [line for refusal in conversion.refusals for line in _item(refusal.message)]
     else:
         lines.append(f"# {DOES[conversion.verb]}")
     if conversion.harmless:
-        lines += ["#", "# These keys need nothing here:"]
+        lines += ["#", "# These keys need no counterpart in raysft:"]
         lines += [
             line for reason, keys in _by_reason(conversion.harmless) for line in _item(f"{', '.join(keys)}: {reason}")
         ]

@@ -34,8 +34,8 @@ def suggest_key(name: Any) -> str:
         return f"did you mean {MEANT[name]}?"
     if name in BENCHMARKS:
         return (
-            "it is for llamafactory-cli eval, which LLaMA-Factory 0.9.5 no longer runs; raysft has no benchmarks: "
-            "use lm-evaluation-harness"
+            "it belongs to llamafactory-cli eval, which LLaMA-Factory 0.9.5 no longer supports; raysft does not run "
+            "benchmarks: use lm-evaluation-harness"
         )
     close = difflib.get_close_matches(str(name), TABLE, n=1, cutoff=0.6)
     return f"did you mean {close[0]}?" if close else "LLaMA-Factory 0.9.5 has no such key; remove it"

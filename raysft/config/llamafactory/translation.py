@@ -22,7 +22,7 @@ def run(given: Settings) -> Derived:
     path = PurePosixPath(rest)
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.name).lstrip("._-")
     if not name:
-        yield Refusal("output_dir", f"output_dir={output} names no folder; add the name of the run")
+        yield Refusal("output_dir", f"output_dir={output} does not name a folder; add the name of the run")
         return
     if not separator and str(path.parent) == "/":
         yield Entry("run.storage", output, "output_dir", "the run is in this folder, which may be a volume")
@@ -55,8 +55,8 @@ def workers(given: Settings) -> Derived:
         "train.global_batch_size",
         micro * accumulation * number,
         "gradient_accumulation_steps" if given.given("gradient_accumulation_steps") else "per_device_train_batch_size",
-        f"{micro} × {accumulation} × {number} rows (batch size, accumulation, workers); where LLaMA-Factory takes N GPUs, set "
-        "scaling.num_workers to N, and this to N times as many",
+        f"{micro} × {accumulation} × {number} rows (batch size, accumulation, workers); if LLaMA-Factory would use N GPUs, set "
+        "scaling.num_workers to N and multiply this by N",
     )
     recomputes = not given["disable_gradient_checkpointing"] or given["gradient_checkpointing"]
     ignored = given.given("gradient_checkpointing") and not given["gradient_checkpointing"] and recomputes
@@ -64,7 +64,7 @@ def workers(given: Settings) -> Derived:
         "train.gradient_checkpointing",
         recomputes,
         "disable_gradient_checkpointing",
-        "LLaMA-Factory goes by disable_gradient_checkpointing alone" if ignored else "",
+        "LLaMA-Factory only looks at disable_gradient_checkpointing" if ignored else "",
     )
     if given["use_unsloth_gc"] and recomputes:
         yield Entry("train.offload.activations", "cpu", "use_unsloth_gc")
@@ -87,14 +87,14 @@ def steps(given: Settings) -> Derived:
     if schedule == "warmup_stable_decay" and "num_decay_steps" not in options:
         yield Refusal(
             "lr_scheduler_type",
-            "lr_scheduler_type=warmup_stable_decay needs its decay in steps; set lr_scheduler_kwargs: {num_decay_steps: N}, "
-            "where LLaMA-Factory takes two thirds of the steps after the warm-up",
+            "lr_scheduler_type=warmup_stable_decay needs the number of decay steps; set lr_scheduler_kwargs: "
+            "{num_decay_steps: N} (LLaMA-Factory uses two thirds of the steps after the warm-up)",
         )
     ratio, warmup = given["warmup_ratio"], given["warmup_steps"]
     if ratio is not None and warmup:
         yield Refusal(
             "warmup_ratio",
-            "warmup_ratio and warmup_steps are both set, and versions of transformers differ; remove one",
+            "warmup_ratio and warmup_steps are both set, and versions of transformers differ in which one wins; remove one",
         )
     if ratio is None and warmup >= 1:
         yield Entry("train.warmup_steps", int(warmup), "warmup_steps")
@@ -135,7 +135,7 @@ def _every(given: Settings, path: str, strategy: str, key: str) -> Derived:
     if strategy == "epoch":
         yield Entry(f"{path}_epochs", 1, f"{path.removeprefix('train.').partition('_')[0]}_strategy")
     elif every < 1 and given["max_steps"] is None:
-        yield Refusal(key, f"{key}={every:g} is a share of the steps; write a number of steps, or set max_steps")
+        yield Refusal(key, f"{key}={every:g} is a fraction of the steps; write a number of steps, or set max_steps")
     else:
         yield Entry(f"{path}_steps", math.ceil(every * given["max_steps"]) if every < 1 else int(every), key)
 
@@ -146,7 +146,7 @@ def predictions(given: Settings) -> Derived:
     during = given["predict_with_generate"] and given.trains and given["eval_strategy"] != "no"
     late = asked and during and given["eval_strategy"] == "epoch"
     key = "do_predict" if given["do_predict"] else "predict_with_generate"
-    note = "after the training, and not after each epoch: set generate.every_steps for that" if late else ""
+    note = "after training, not after each epoch: for that, set generate.every_steps" if late else ""
     yield Entry("generate.enabled", asked, key, note)
     if not asked:
         return
@@ -154,7 +154,7 @@ def predictions(given: Settings) -> Derived:
         steps = "eval_steps" if given.given("eval_steps") else "logging_steps"
         for entry in _every(given, "train.eval_every", "steps", steps):
             if isinstance(entry, Entry):  # else it is refused with the evaluations
-                yield Entry("generate.every_steps", entry.value, "predict_with_generate", "as often as it evaluates")
+                yield Entry("generate.every_steps", entry.value, "predict_with_generate", "whenever it evaluates")
     if given.trains:
         yield Entry("generate.compare_base", False, "", "LLaMA-Factory predicts with the trained model only")
     length = "max_new_tokens" if given["max_new_tokens"] > 0 else "max_length"
@@ -171,7 +171,7 @@ def trackers(given: Settings) -> Derived:
     asked = [name for name in given["report_to"] if name not in ("none", "None")]
     unknown = next((name for name in asked if name not in TRACKERS), None)
     if unknown == "all":
-        yield Refusal("report_to", f"report_to=all means what is installed; name them: {', '.join(TRACKERS)}")
+        yield Refusal("report_to", f"report_to=all means all installed trackers; name them: {', '.join(TRACKERS)}")
     elif unknown:
         yield Refusal("report_to", f"report_to={unknown} is not supported; use {', '.join(TRACKERS)} or none")
     else:
@@ -192,8 +192,11 @@ def _one_name(given: Settings, general: str, swanlab: str) -> Derived:
     """A name that all trackers show, where LLaMA-Factory may have another one for SwanLab."""
     key = swanlab if given["use_swanlab"] and not given.given(general) else general
     if given["use_swanlab"] and given.given(general) and given.given(swanlab) and given[general] != given[swanlab]:
-        yield Refusal(swanlab, f"{swanlab}={given[swanlab]} differs from {general}={given[general]}, and raysft has one "
-                      "for all trackers; remove one of them")  # fmt: skip
+        yield Refusal(
+            swanlab,
+            f"{swanlab}={given[swanlab]} differs from {general}={given[general]}, but raysft uses one setting for all trackers; "
+            "remove one of them",
+        )
     elif given[key] is not None:
         yield Entry(f"train.tracking.{general}", given[key], key)
 
@@ -205,7 +208,7 @@ def _swanlab(given: Settings) -> Iterator[Refusal]:
         yield _for_environment("swanlab_mode", "SWANLAB_MODE=local")
     for key in ("swanlab_lark_webhook_url", "swanlab_lark_secret"):
         if given[key]:
-            yield Refusal(key, f"{key} is not supported; remove it: raysft sends no messages")
+            yield Refusal(key, f"{key} is not supported; remove it: raysft does not send notifications")
 
 
 def _for_environment(key: str, setting: str) -> Refusal:

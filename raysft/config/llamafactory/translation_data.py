@@ -21,8 +21,8 @@ def sources(given: Settings) -> Derived:
     if tokenized and Path(tokenized).is_dir():
         yield Refusal(
             "tokenized_path",
-            f"tokenized_path={tokenized} exists, and LLaMA-Factory trains on its tokens, which raysft does not read, whatever "
-            "dataset says; remove tokenized_path to train on dataset",
+            f"tokenized_path={tokenized} exists, so LLaMA-Factory would ignore dataset and train on its tokens, which raysft "
+            "cannot read; remove tokenized_path to train on dataset",
         )
     registry = given["dataset_dir"]
     if registry.startswith(REMOTE):
@@ -63,11 +63,13 @@ def sources(given: Settings) -> Derived:
     if size and evaluated:
         yield Refusal(
             "val_size",
-            f"val_size={size:g} holds out part of dataset, but eval_dataset is set, and LLaMA-Factory takes one of them; remove "
-            "one",
+            f"val_size={size:g} holds out part of dataset, but eval_dataset is set, and LLaMA-Factory accepts only one of "
+            "them; remove one",
         )
     elif size == 1:
-        yield Refusal("val_size", "val_size=1 is neither a share nor a number that LLaMA-Factory takes; use 2 or more")
+        yield Refusal(
+            "val_size", "val_size=1 is neither a fraction nor a number that LLaMA-Factory accepts; use 2 or more"
+        )
     elif size:
         yield Entry(
             "data.holdout",
@@ -125,17 +127,19 @@ def rows(given: Settings) -> Derived:
     neat = given["neat_packing"]
     key = "neat_packing" if neat else "packing"
     if given["stage"] == "pt":
-        yield Entry("data.packing", packs, key, "" if packs else "a longer document is split, not cut")
+        yield Entry("data.packing", packs, key, "" if packs else "longer documents are split, not truncated")
         if packs:
-            yield Entry("data.document_mask", False, "", "in LLaMA-Factory, documents of a row see each other")
+            yield Entry(
+                "data.document_mask", False, "", "in LLaMA-Factory, documents in the same row attend to each other"
+            )
     else:
         notes = ["LLaMA-Factory's rows are a token shorter"] if packs or neat else []
         if packs and not neat:
-            notes.append("their examples do not see each other, as with neat_packing: true")
+            notes.append("examples in a row do not attend to each other, as with neat_packing: true")
         note = "; ".join(notes)
         yield Entry("data.packing", packs or neat, key, note)
         yield Entry("data.on_overflow", "truncate", "", "LLaMA-Factory truncates")
-    yield Entry("data.max_rejected", 1.0, "", "LLaMA-Factory leaves out records that it cannot use")
+    yield Entry("data.max_rejected", 1.0, "", "LLaMA-Factory skips records that it cannot use")
     if given["split_special_tokens"]:
         yield Entry("data.control_tokens_in_text", "escape", "split_special_tokens")
     ordered = "disable_shuffling" if given["disable_shuffling"] else "train_sampling_strategy"
@@ -159,13 +163,13 @@ def thoughts(given: Settings) -> Derived:
     thinks = name is None or (name in template_names() and bool(template_words(name).get("thinks")))
     if not given[key]:
         if name and thinks and given["mask_history"]:
-            yield Entry("data.thinking", "last", key, "with mask_history, earlier turns have no thoughts")
+            yield Entry("data.thinking", "last", key, "with mask_history, earlier turns have no reasoning")
     elif not thinks:
-        yield Entry("data.thinking", "template", key, "without effect: only templates of reasoning models heed it")
+        yield Entry("data.thinking", "template", key, "no effect: only templates of reasoning models use it")
     elif thinking is None or given["enable_thinking"]:
         yield Entry("data.thinking", "keep", key)
     else:
-        yield Entry("data.thinking", "empty", key, "without thinking, all thoughts are empty")
+        yield Entry("data.thinking", "empty", key, "without thinking, all reasoning blocks are empty")
 
 
 DATA: tuple[Callable[[Settings], Derived], ...] = (sources, rows, thoughts)

@@ -24,7 +24,7 @@ def model(given: Settings) -> Derived:
     path = _trained(path)
     yield Entry("model.path", path, "model_name_or_path")
     if given["trust_remote_code"]:
-        yield Entry("model.trust_remote_code", [path], "trust_remote_code", "this model may run its own code")
+        yield Entry("model.trust_remote_code", [path], "trust_remote_code", "allows this model to run its own code")
     folder = given["adapter_folder"]
     adapters = [
         f"{_trained(adapter)}/{folder}" if folder else _trained(adapter) for adapter in given["adapter_name_or_path"]
@@ -38,7 +38,7 @@ def model(given: Settings) -> Derived:
         if len(adapters) > 1:
             yield Refusal(
                 "adapter_name_or_path",
-                f"adapter_name_or_path: {what} take one adapter, not several; merge them first",
+                f"adapter_name_or_path: {what} accept only one adapter; merge them first",
             )
         whole = f"{path}@{revision}" if revision else path
         yield Entry(key, (adapters or [whole])[-1], "adapter_name_or_path" if adapters else asked)
@@ -61,7 +61,8 @@ def model(given: Settings) -> Derived:
         if given["loraplus_lr_ratio"] is not None and given["loraplus_lr_embedding"] != 1e-6:
             yield Refusal(
                 "loraplus_lr_embedding",
-                "loraplus_lr_embedding is not supported; remove it: embeddings have the rate of the other adapters",
+                "loraplus_lr_embedding is not supported; remove it: embeddings use the same learning rate as the other "
+                "adapters",
             )
     yield from _layers(given)
     if given.trains:
@@ -77,8 +78,11 @@ def _experts(given: Settings) -> Derived:
         return
     yield Entry("model.experts", "kt", "use_kt")
     for key, remedy in (
-        ("kt_weight_path", "remove it: the experts are those of the model, in bfloat16"),
-        ("kt_expert_checkpoint_path", "remove it, and let model_name_or_path be the model with all of its experts"),
+        ("kt_weight_path", "remove it: the experts' weights come from the model itself, in bfloat16"),
+        (
+            "kt_expert_checkpoint_path",
+            "remove it, and point model_name_or_path to the model including all of its experts",
+        ),
         ("kt_use_lora_experts", "remove it: the model's own experts get LoRA"),
     ):
         if given[key]:
@@ -103,8 +107,8 @@ def _layers(given: Settings) -> Derived:
     elif expanded and number < 1:
         yield Refusal(
             "freeze_trainable_layers",
-            f"freeze_trainable_layers={number} counts no layers that use_llama_pro=true could train; set it to the number of "
-            "layers that the model was expanded by",
+            f"freeze_trainable_layers={number} does not select any layers that use_llama_pro=true could train; set it to the "
+            "number of layers by which the model was expanded",
         )
     elif kind == "freeze":
         yield Entry("model.freeze.layers", number if expanded or number != 2 else "auto", "freeze_trainable_layers")
@@ -171,7 +175,7 @@ def _dtype(given: Settings) -> Derived:
         yield Entry("model.dtype", given["infer_dtype"], "infer_dtype")
     elif given.trains:
         yield Entry(
-            "model.dtype", "auto", "bf16", "LLaMA-Factory without bf16 and fp16 takes the type in the model's config"
+            "model.dtype", "auto", "bf16", "without bf16 and fp16, LLaMA-Factory uses the dtype in the model's config"
         )
 
 

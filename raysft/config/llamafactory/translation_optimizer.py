@@ -66,7 +66,7 @@ def optimizer(given: Settings) -> Derived:
     name = flags[0] if flags else given["optim"]
     note = NOTES.get(name, "")
     if f"{name}_layerwise" in ("galore_layerwise", "apollo_layerwise") and given[f"{name}_layerwise"]:
-        note += "; not layer by layer, which needs more memory and clips gradients"
+        note += "; not layer-wise, which needs more memory and allows gradient clipping"
     if flags and name in ("galore", "apollo") and given["optim"] not in ("adamw", name):
         yield Refusal("optim", f"use_{name} with optim={given['optim']} is not supported; set optim to adamw_torch")
     key = f"use_{name}" if flags else "optim"
@@ -74,7 +74,7 @@ def optimizer(given: Settings) -> Derived:
     if name == "badam" and given["badam_mode"] != "layer":
         yield Refusal(
             "badam_mode",
-            "badam_mode=ratio masks each gradient as it arrives, so that gradients neither accumulate nor are clipped; use layer",
+            "badam_mode=ratio masks each gradient as it arrives, which rules out gradient accumulation and clipping; use layer",
         )
     yield from _optimizer_options(given, name, key)
     if target := _optimizer_target(given, name, bool(flags)):
@@ -92,7 +92,7 @@ def _optimizer_options(given: Settings, name: str, key: str) -> Derived:
     note = ""
     if name == "apollo" and given["apollo_scale_front"]:
         chosen["scale_front"] = True
-        note = "scale_front has an effect, while LLaMA-Factory sets it where the library does not read it"
+        note = "scale_front takes effect here, while LLaMA-Factory sets it where the library does not read it"
     if chosen:
         yield Entry("train.optimizer_options", chosen, key, note)
 
@@ -112,7 +112,7 @@ def loss(given: Settings) -> Derived:
     name = names[0] if names else "cross_entropy"
     note = ""
     if name == "asft":
-        note = "over the loss tokens of a step, not the mean of its microbatches' means"
+        note = "averaged over the loss tokens of a step, not over the means of its microbatches"
         yield from _reference(given)
     yield Entry("train.loss", name, f"use_{name}_loss" if names else "use_dft_loss", note)
 
@@ -124,7 +124,7 @@ def _reference(given: Settings) -> Derived:
         return
     if len(adapters) > 1:
         yield Refusal(
-            "ref_model_adapters", "ref_model_adapters: a reference has one adapter, not several; merge them first"
+            "ref_model_adapters", "ref_model_adapters: a reference model can have only one adapter; merge them first"
         )
     if bits is not None and bits != given["quantization_bit"]:
         yield Refusal(
@@ -132,8 +132,8 @@ def _reference(given: Settings) -> Derived:
             f"ref_model_quantization_bit={bits}, but quantization_bit={as_yaml(given['quantization_bit'])}; raysft quantizes "
             "both models alike: set both to the same",
         )
-    alike = "quantized as the trained model" if given["quantization_bit"] is not None and bits is None else ""
-    based = "on the base that the adapter names" if adapters else ""
+    alike = "quantized like the trained model" if given["quantization_bit"] is not None and bits is None else ""
+    based = "on the base model that the adapter names" if adapters else ""
     key = "ref_model_adapters" if adapters else "ref_model"
     yield Entry("train.reference_model", (adapters or [model])[0], key, "; ".join(filter(None, (based, alike))))
 
@@ -191,7 +191,7 @@ def _read(path: str) -> dict[str, Any] | Refusal:
         reason = getattr(error, "strerror", None) or one_line(error)
         return Refusal("deepspeed", f"deepspeed={path}: cannot be read as JSON ({reason}); correct it")
     if not isinstance(found, dict):
-        return Refusal("deepspeed", f"deepspeed={path}: holds no settings of DeepSpeed; correct it")
+        return Refusal("deepspeed", f"deepspeed={path}: does not contain DeepSpeed settings; correct it")
     return found
 
 

@@ -22,7 +22,7 @@ def anything(value: Any) -> Any:
 
 
 def boolean(value: Any) -> bool:
-    """True or false; text is neither, since LLaMA-Factory takes ``"false"`` as true."""
+    """True or false; text is neither, since LLaMA-Factory reads ``"false"`` as true."""
     if not isinstance(value, bool):
         raise ValueError("must be true or false")
     return value
@@ -88,7 +88,7 @@ def names(value: Any) -> list[str]:
 
 
 def result(value: Any) -> str:
-    """A result that transformers chooses the best model by, with the prefix that raysft gives it.
+    """The metric by which transformers chooses the best model, with the prefix that raysft gives it.
 
     >>> result("loss"), result("eval_a_accuracy"), result("rouge-l"), result("eval_a_bleu-4")
     ('eval_loss', 'eval_a_accuracy', 'predict_rouge-l', 'predict_a_bleu-4')
@@ -113,7 +113,7 @@ def matched(value: Any) -> str | list[str]:
     if isinstance(value, str) and value.replace("_", "-") not in ("all", "all-linear"):
         if re.fullmatch(r"[\w\s,-]+", value):
             raise ValueError(
-                f"is a regular expression, which no whole name of a module matches; write a list: [{value.strip()}]"
+                f"is a regular expression, which does not match any complete module name; write a list: [{value.strip()}]"
             )
         return [f"^(?:{text(value)})$"]
     return targets("all" if isinstance(value, str) else value)
@@ -161,7 +161,7 @@ def weight(value: Any) -> float | None:
     """
     found = number(value)
     if found < 0:
-        raise ValueError("must be 0 or more: a negative weight would reward what this loss is against")
+        raise ValueError("must be 0 or more: a negative weight would reward what this loss is meant to penalize")
     return found or None
 
 
@@ -183,10 +183,10 @@ SAME_OPTIMIZERS = {
 }
 """Optimizers of transformers with other names here, beside those that ``raysft.config.optimizers`` knows."""
 OTHER_OPTIMIZERS = {
-    "layerwise": "updates weights during the backward pass, so that gradients neither accumulate nor are clipped; use {0}",
+    "layerwise": "updates weights during the backward pass, which rules out gradient accumulation and clipping; use {0}",
     "adamw_torch_4bit": "is torchao's; use adamw_8bit",
     "adamw_torch_8bit": "is torchao's; use adamw_8bit",
-    "galore_adamw_8bit": "does not fit bitsandbytes 0.50; use galore_adamw",
+    "galore_adamw_8bit": "is not compatible with bitsandbytes 0.50; use galore_adamw",
     "galore_adafactor": "is not supported; use galore_adamw or adafactor",
     "ademamix_8bit": "is not supported; use ademamix",
     "paged_ademamix_8bit": "is not supported; use ademamix",
@@ -217,5 +217,5 @@ def arguments(value: Any) -> dict[str, Any]:
     """
     pairs = [part.partition("=") for part in value.split(",")] if isinstance(value, str) else []
     if not pairs or not all(name.strip() and given.strip() for name, _, given in pairs):
-        raise ValueError("must be settings as in rank=64,scale=0.1")
+        raise ValueError("must be settings such as rank=64,scale=0.1")
     return {name.strip(): yaml.safe_load(given) for name, _, given in pairs}
