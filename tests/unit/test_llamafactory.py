@@ -580,7 +580,10 @@ def test_keys_of_conversations_have_no_effect_on_raw_text_and_are_told(write):
         ({"new_special_tokens": "<a>"}, "lf.yaml:4: unknown key new_special_tokens … add_special_tokens; rename it"),
         ({"hf_hub_token": "secret"}, "lf.yaml:4: hf_hub_token is not supported … HF_TOKEN"),
         ({"use_unsloth": True, "fsdp": "full_shard"}, "lf.yaml:4: use_unsloth=true … (and 1 more, which raysft convert lists"),
-        ({"use_kt": True, "kt_weight_path": "w"}, "lf.yaml:5: kt_weight_path='w' … remove it: the experts' weights come from the model itself"),
+        (
+            {"use_kt": True, "kt_weight_path": "w"},
+            "lf.yaml:5: kt_weight_path='w' … remove it: the experts' weights come from the model itself",
+        ),
         ({"use_kt": True, "kt_use_lora_experts": True}, "lf.yaml:5: kt_use_lora_experts=true … remove it"),
         ({"use_kt": True, "finetuning_type": "full"}, "model.experts=kt … model.finetuning=full … zero_stage=3"),
         ({"use_galore": True, "use_muon": True}, "lf.yaml:5: use_galore and use_muon"),
