@@ -13,7 +13,7 @@ from raysft.config.model import LoraSection
 from raysft.errors import RequestError, one_line
 from raysft.models.adapter_embeddings import fit_embeddings
 from raysft.models.adapter_files import named_base, read_adapter_config
-from raysft.models.fingerprint import model_fingerprint
+from raysft.models.fingerprint import model_fingerprint, tokenizer_fingerprint
 from raysft.models.loading import generation_config, load_weights
 from raysft.models.processor_files import save_tokenizer
 from raysft.models.resolve import find_on_hub
@@ -117,7 +117,11 @@ def _merged(
     model: str, adapters: Sequence[Path], cache: StoragePath, notify: Callable[[str], None], runs_code: bool
 ) -> str:
     """Return a copy of the model in the cache, with the adapters merged into it in order."""
-    names = [model_fingerprint(model), *(model_fingerprint(str(each)) for each in adapters)]
+    names = [
+        model_fingerprint(model),
+        tokenizer_fingerprint(model),
+        *(model_fingerprint(str(each)) for each in adapters),
+    ]
     key = hashlib.sha256(repr(names).encode()).hexdigest()[:16]
 
     def write(folder: Path) -> None:

@@ -29,6 +29,8 @@ def read_hf_config(
     """
     from transformers import AutoConfig
 
+    from raysft.models.quantization import method_of
+    from raysft.models.quantized_weights import check_described
     from raysft.models.remote_code import check_code
 
     named = f"{key}={hub_snapshots.shown(model)}"
@@ -46,6 +48,8 @@ def read_hf_config(
         Path(model)
     ):  # weights on the hub are fetched, and then checked, where they are loaded
         check_weights(Path(model), named)
+        if method_of(hf_config) is None:
+            check_described(Path(model))
     return hf_config
 
 

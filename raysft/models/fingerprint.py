@@ -39,7 +39,7 @@ def exact_fingerprint(model: str) -> str:
 
 
 def _decisive_files(folder: Path) -> list[Path]:
-    return sorted(path for suffix in MODEL_SUFFIXES for path in folder.glob(f"*{suffix}"))
+    return sorted(path for suffix in MODEL_SUFFIXES for path in folder.glob(f"*{suffix}") if path.is_file())
 
 
 def tokenizer_fingerprint(model: str) -> str:

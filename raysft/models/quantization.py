@@ -19,6 +19,7 @@ QUANTIZERS = {
     "bitsandbytes": ("bitsandbytes",),
     "compressed-tensors": ("compressed_tensors",),
     "eetq": ("kernels",),
+    "fbgemm_fp8": ("fbgemm_gpu",),
     "gptq": ("optimum", "gptqmodel"),
     "hqq": ("hqq",),
     "quanto": ("optimum.quanto",),
@@ -78,7 +79,8 @@ def method_of(hf_config: Any) -> str | None:
     if not (settings := _settings_of(hf_config)):
         return None
     # Early checkpoints of bitsandbytes do not name it.
-    method = settings.get("quant_method") or "bitsandbytes"
+    early = any(key.lstrip("_").startswith(("load_in_", "bnb_", "llm_int8_")) for key in settings)
+    method = settings.get("quant_method") or ("bitsandbytes" if early else "a method without a name")
     return str(getattr(method, "value", method)).lower()
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from raysft.config import Config
 from raysft.config.rope_scaling import OWN, rope_settings
 from raysft.errors import RequestError, as_yaml, one_line
-from raysft.models.fingerprint import model_fingerprint
+from raysft.models.fingerprint import model_fingerprint, tokenizer_fingerprint
 from raysft.models.model_files import model_files
 from raysft.storage.local_cache import in_cache, model_copy
 
@@ -114,7 +114,7 @@ def with_rope_scaling(
             f"{key}={named} is an adapter of a model without model.rope_scaling={as_yaml(config.model.rope_scaling)}; remove "
             "that, or export the adapter (raysft export) and give the whole model"
         )
-    content = (model_fingerprint(model), scaling)
+    content = (model_fingerprint(model), tokenizer_fingerprint(model), scaling)
     digest = hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
     def write(folder: Path) -> None:

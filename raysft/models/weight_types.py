@@ -221,6 +221,9 @@ def description_of(folder: Path) -> dict[str, Any]:
         description = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(description, Mapping):
             raise ValueError("no mapping")
+        for part in ("text_config", "quantization_config"):
+            if not isinstance(description.get(part), Mapping | None):
+                raise ValueError(f"its {part} is {description[part]!r:.40}, no mapping")
     except (OSError, ValueError) as error:
         raise RequestError(
             f"{path}: is not a model's configuration ({one_line(error)}); copy the model again"

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import socket
 import time
 import uuid
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from raysft.storage.path import Entry, StoragePath
 
 KEPT_DAYS = 7
 """Days after which an unused copy is removed."""
+LEFT_SECONDS = 86400
+"""Seconds after which an unfinished copy of another machine counts as left behind."""
 
 
 def working_copy(place: StoragePath) -> Path:
@@ -98,6 +101,30 @@ def _fetch(place: StoragePath, files: dict[str, Entry], target: Path) -> None:
         StoragePath(str(draft)).remove()
 
 
+def _remove_left(folder: Path, name: str) -> None:
+    """Remove what killed processes have left of a model; the caller holds its lock.
+
+    The lock keeps out all processes of this machine, but on some network file systems none of another one: what those left is
+    removed if nothing was written to it for a day.
+    """
+    own = f".{name}.{boot()}-"
+    for draft in folder.glob(f".{name}.*"):
+        with suppress(OSError):
+            if draft.is_dir() and (
+                draft.name.startswith(own)
+                or time.time() - max(path.stat().st_mtime for path in (draft, *draft.rglob("*"))) > LEFT_SECONDS
+            ):
+                shutil.rmtree(draft, ignore_errors=True)
+
+
+def boot() -> str:
+    """Return an id of this machine since it was started."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")[:8]
+    except OSError:
+        return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+
+
 def _forget_unused(copies: Path) -> None:
     for folder in copies.iterdir():
         with suppress(OSError):
@@ -122,7 +149,8 @@ def in_cache(target: StoragePath, write: Callable[[Path], None], mark: str = "co
         # Only processes that need this model wait here, while one of them writes it.
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (target / mark).exists():
-            draft = beside / f".{target.name}.{uuid.uuid4().hex}"
+            _remove_left(beside, target.name)
+            draft = beside / f".{target.name}.{boot()}-{uuid.uuid4().hex}"
             try:
                 write(draft)
                 if target.local:

@@ -18,10 +18,12 @@ from transformers import AutoModelForCausalLM
 from raysft.cli import main
 from raysft.config import with_overrides
 from raysft.errors import RequestError
-from raysft.models.dequantized import dequantize, exact_copy, from_mxfp4
+from raysft.models.dequantized import dequantize, exact_copy
 from raysft.models.loading import load_weights
 from raysft.models.merging import merge
+from raysft.models.quantized_weights import from_mxfp4
 from raysft.run.inputs import check_model_files, find_other_model
+from raysft.storage.local_cache import boot
 from raysft.storage.path import StoragePath
 from raysft.train.finetuning import load_frozen, load_trained
 from tests.messages import holds, refusal
@@ -293,3 +295,80 @@ def test_scales_are_read_in_one_way_or_refused(tmp_path, scale, method, told):
     torch.testing.assert_close(
         load_file(tmp_path / "to/model.safetensors")["a.weight"], meant.bfloat16(), rtol=0, atol=0
     )
+
+
+FP8, BLOCKS = torch.ones(4, 32).to(torch.float8_e4m3fn), torch.ones(2, 4, 1, 16, dtype=torch.uint8)
+EXPONENTS, NAN = torch.full((2, 4, 1), 127, dtype=torch.uint8), float("nan")
+
+
+@pytest.mark.parametrize(
+    ("weights", "block", "told"),
+    [
+        ({"a": FP8, "a_scale_inv": torch.ones(2, 2)}, 16, "config.json: weight_block_size=16 is not"),
+        ({"a": FP8, "a_scale_inv": torch.ones(2, 2)}, [0, 16], "the two sides of a block"),
+        ({"a": FP8, "a_scale_inv": torch.ones(2, 2), "a_scale": torch.ones(1)}, None, "a has two scales"),
+        ({"a": FP8, "a_scale_inv": torch.ones(2, 2).int()}, None, "a_scale_inv is stored in I32, but scales are in F64"),
+        ({"a": FP8, "a_scale_inv": torch.tensor([[1.0, NAN]])}, None, "a_scale_inv holds scales that are no numbers"),
+        ({"a": FP8[0], "a_scale_inv": torch.ones(2)}, [2, 16], "a scale is one number or one"),
+        ({"a": FP8.to(torch.float8_e4m3fnuz), "a_scale_inv": torch.ones(2, 2)}, None, "a is stored in F8_E4M3FNUZ"),
+        ({"a": FP8.to(torch.int8), "a_scale": torch.ones(4, 1)}, None, "a is stored in I8, which is not dequantized here"),
+        ({"a_blocks": BLOCKS, "a_scales": EXPONENTS[:1]}, None, "a_scales has the shape [1, 4, 1] in U8 … need [2, 4, 1]"),
+        ({"a_blocks": BLOCKS.repeat(1, 1, 2, 1), "a_scales": EXPONENTS}, None, "a_scales … need [2, 4, 2] in U8"),
+        ({"a_blocks": BLOCKS, "a_scales": EXPONENTS.float()}, None, "a_scales has the shape [2, 4, 1] in F32"),
+        ({"a_blocks": BLOCKS[..., :8], "a_scales": EXPONENTS}, None, "a_blocks has the shape [2, 4, 1, 8]"),
+        ({"a_blocks": BLOCKS, "a_scales": EXPONENTS + 128}, None, "a_scales holds scales that are no numbers"),
+        ({"a_blocks": BLOCKS, "a_scales": EXPONENTS, "a": torch.ones(2, 32, 4)}, None, "holds a twice"),
+    ],
+)  # fmt: skip
+def test_what_would_be_read_wrongly_is_refused(tmp_path, weights, block, told):
+    model = quantized_folder(tmp_path / "model", weights, {"quant_method": "fp8", "weight_block_size": block})
+    assert holds(refusal(exact_copy, StoragePath.of(tmp_path), str(model), print), f"{model} … {told}")
+    assert not list((tmp_path / "models").glob("dequantized-*"))
+
+
+@pytest.mark.parametrize(
+    ("weights", "method", "told"),
+    [
+        ({"a": FP8, "a_scale_inv": torch.ones(2, 2)}, None, "a is quantized (F8_E4M3, with a_scale_inv), but … copy"),
+        ({"a_blocks": BLOCKS, "a_scales": EXPONENTS}, None, "a_blocks is quantized (U8, with a_scales), but … copy"),
+        ({"a": FP8, "a_scale_inv": torch.ones(2, 2)}, [], "is not a model's configuration … copy"),
+    ],
+)
+def test_weights_that_are_not_said_to_be_quantized_are_refused(tmp_path, weights, method, told):
+    model = quantized_folder(tmp_path / "model", weights, method)
+    assert holds(refusal(exact_copy, StoragePath.of(tmp_path), str(model), print), f"{model} … {told}")
+
+
+def quantized_folder(model: Path, weights: dict[str, torch.Tensor], method: Any) -> Path:
+    """Save weights with a config that says how they are quantized."""
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps({"quantization_config": method}))
+    save_file({name: each.contiguous() for name, each in weights.items()}, model / "model.safetensors")
+    return model
+
+
+def test_a_damaged_file_is_told(quantized, tmp_path):
+    _, folder, _ = quantized
+    shutil.copytree(folder / "quantized", tmp_path / "model")
+    weights = tmp_path / "model/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    told = refusal(exact_copy, StoragePath.of(tmp_path), str(tmp_path / "model"), print)
+    assert holds(told, f"{tmp_path}/model: model.safetensors is damaged … copy it again")
+
+
+def test_a_copy_is_made_anew_where_the_model_has_other_files(quantized, tmp_path):
+    """Its tokenizer is that of the model; what a killed process has left of it is removed."""
+    _, folder, _ = quantized
+    model, cache = tmp_path / "model", StoragePath.of(tmp_path / "cache")
+    shutil.copytree(folder / "quantized", model)
+    first = Path(exact_copy(cache, str(model), print))
+    shutil.rmtree(first)
+    left = first.with_name(f".{first.name}.{boot()}-0123")
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half")
+    assert exact_copy(cache, str(model), print) == str(first)
+    assert not left.exists()
+    (model / "chat_template.jinja").write_text("another one")
+    second = Path(exact_copy(cache, str(model), print))
+    assert second != first
+    assert (second / "chat_template.jinja").read_text() == "another one"

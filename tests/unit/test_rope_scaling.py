@@ -129,6 +129,9 @@ def test_a_model_that_is_scaled_further_keeps_the_rest_of_its_settings(tmp_path,
     found = check_model_files(config, lambda line: None).hf_config.rope_parameters
     expected = {**THETA, "rope_type": own["rope_type"], "factor": 4.0, "original_max_position_embeddings": 64, **kept}
     assert dict(found) == expected
+    (model / "chat_template.jinja").write_text("of a later version")
+    copy = Path(check_model_files(config, lambda line: None).model)
+    assert (copy / "chat_template.jinja").read_text() == "of a later version"
 
 
 def test_an_adapter_knows_the_model_with_scaled_positions(tmp_path, base):
