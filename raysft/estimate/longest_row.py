@@ -9,7 +9,7 @@ from typing import Any
 from raysft.config import Config, with_overrides
 from raysft.errors import RequestError, as_yaml
 from raysft.estimate.memory import Memory
-from raysft.estimate.remedies import PARTS
+from raysft.estimate.remedies import parts_of
 
 STEP = 64
 """Rows are a multiple of it."""
@@ -71,10 +71,7 @@ def _ways(config: Config, gpu: bool, workers: int) -> Iterator[tuple[str, dict[s
         (not train.gradient_checkpointing, "train.gradient_checkpointing", True),
         (train.recompute_layers is not None, "train.recompute_layers", None),
         (gpu and train.offload.activations == "none", "train.offload.activations", "cpu"),
-        *(
-            (config.scaling.sequence_parallel == 1 and workers % parts == 0, "scaling.sequence_parallel", parts)
-            for parts in PARTS
-        ),
+        *((True, "scaling.sequence_parallel", parts) for parts in parts_of(workers, config.scaling.sequence_parallel)),
     ):
         if wanted:
             overrides = {**overrides, key: value}

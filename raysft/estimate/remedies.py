@@ -13,8 +13,8 @@ from raysft.estimate.sizes import amount
 
 SMALL_BUCKET = 50_000_000
 """Elements of a reduce bucket that still fill a network's messages."""
-PARTS = (2, 4, 8)
-"""Numbers of workers that might share rows."""
+MOST_PARTS = 16
+"""Workers that share rows at most: beyond the GPUs of a node, or of two, each layer waits for the network."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,8 @@ def _changes(config: Config, hardware: Hardware, workers: int) -> Iterator[tuple
             yield f"train.gradient_checkpointing=true and {text}", both
     if workers > 1 and train.zero_stage < 3:
         yield "train.zero_stage=3", {"train.zero_stage": 3}
-    for parts in PARTS if config.scaling.sequence_parallel == 1 else ():
-        if workers % parts == 0:
-            yield f"scaling.sequence_parallel={parts}", {"scaling.sequence_parallel": parts}
+    for parts in parts_of(workers, config.scaling.sequence_parallel):
+        yield f"scaling.sequence_parallel={parts}", {"scaling.sequence_parallel": parts}
     if hardware.gpu and train.offload.optimizer == "none":
         yield "train.offload.optimizer=cpu", {"train.offload.optimizer": "cpu"}
     if hardware.gpu and train.offload.parameters == "none":
@@ -90,6 +89,15 @@ def _changes(config: Config, hardware: Hardware, workers: int) -> Iterator[tuple
         lora = {} if model.adapter is not None else {"model.finetuning": "lora"}
         named = "".join(f"{key}={value} and " for key, value in lora.items())
         yield f"{named}model.quantization=4bit", {**lora, "model.quantization": "4bit"}
+
+
+def parts_of(workers: int, now: int) -> list[int]:
+    """Return the numbers of workers that might share rows, instead of those that do now; the model's heads decide which can.
+
+    >>> parts_of(workers=12, now=1), parts_of(workers=12, now=3), parts_of(workers=1, now=1)
+    ([2, 3, 4, 6, 12], [4, 6, 12], [])
+    """
+    return [parts for parts in range(now + 1, min(workers, MOST_PARTS) + 1) if workers % parts == 0]
 
 
 def cheapest(found: list[Remedy], limit: float) -> Remedy | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -391,6 +392,16 @@ def test_a_row_that_does_not_fit_is_told_the_longest_that_do(tmp_path, monkeypat
     config = with_overrides(config, {"train.gradient_checkpointing": True, "train.recompute_layers": 1})
     assert "; use train.recompute_layers=null, for all layers (" in told(12_000)
     assert told(100_000).endswith(longest.replace("gradient_checkpointing=true", "recompute_layers=null"))
+
+    def nine_heads(config: Config, _: object) -> None:
+        if 9 % config.scaling.sequence_parallel:
+            raise RequestError("9 heads")
+
+    monkeypatch.setattr("raysft.train.check_model.check_shared_rows", nine_heads)
+    config = with_overrides(config, {"train.recompute_layers": None})
+    shared = re.findall(r"scaling.sequence_parallel=(\d+)", told(1_000_000, workers=36))
+    assert shared == ["3", "9"]
+    assert told(100_000, workers=36).count("scaling.sequence_parallel=9 (") == 1
 
 
 def test_a_run_that_fits_only_with_swap_is_not_refused(seven):

@@ -542,6 +542,7 @@ def test_keys_of_conversations_have_no_effect_on_raw_text_and_are_told(write):
         ({"dataset": "a,,b"}, "lf.yaml:2: dataset='a,,b': must be names"),
         ({"task": "mmlu_test"}, "lf.yaml:4: unknown key task; it belongs to llamafactory-cli eval … use lm-evaluation-harness"),
         ({"batch_size": 2}, "lf.yaml:4: unknown key batch_size; did you mean per_device_train_batch_size, or per_device_eval"),
+        ({"cp_size": 2}, "lf.yaml:4: unknown key cp_size; … remove it … scaling.sequence_parallel=N"),
         ({"save_dir": "x"}, "lf.yaml:4: unknown key save_dir; did you mean output_dir?"),
         ({"do_train": False, "do_eval": True}, "lf.yaml:4: do_eval=true … rename dataset to eval_dataset to use a"),
         ({"lora_rnak": 3}, "lf.yaml:4: unknown key lora_rnak; did you mean lora_rank?"),

@@ -24,6 +24,11 @@ MEANT = {
 """Name that other programs, and LLaMA-Factory's benchmarks, have for a key → the key."""
 BENCHMARKS = ("task", "task_dir", "lang", "n_shot", "download_mode")
 """Keys of files for ``llamafactory-cli eval``."""
+SHARED_ROWS = (
+    *("sequence_parallel_size", "sequence_parallel_mode", "sequence_parallel", "sp_size"),
+    *("cp_size", "cp_mode", "context_parallel_size"),
+)
+"""Keys of other versions and programs for rows that several workers compute."""
 
 
 def suggest_key(name: Any) -> str:
@@ -36,6 +41,11 @@ def suggest_key(name: Any) -> str:
         return (
             "it belongs to llamafactory-cli eval, which LLaMA-Factory 0.9.5 no longer supports; raysft does not run "
             "benchmarks: use lm-evaluation-harness"
+        )
+    if name in SHARED_ROWS:
+        return (
+            "LLaMA-Factory 0.9.5 has no such key; remove it, and give the command scaling.sequence_parallel=N, which divides each "
+            "row among N workers"
         )
     close = difflib.get_close_matches(str(name), TABLE, n=1, cutoff=0.6)
     return f"did you mean {close[0]}?" if close else "LLaMA-Factory 0.9.5 has no such key; remove it"
