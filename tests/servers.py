@@ -145,13 +145,13 @@ def _answering(at: Callable[[str], tuple[bytes, bytes, bool]]) -> Answer:
 
     def answer(connection: socket.socket) -> None:
         with connection.makefile("rb") as requests:
-            while first := requests.readline():
+            while len(first := requests.readline().split()) > 1:  # else it is a chunk of a body
                 lines = iter(lambda: requests.readline().strip().lower(), b"")
                 lengths = [int(line.split(b":")[1]) for line in lines if line.startswith(b"content-length:")]
                 requests.read(sum(lengths))
-                head, body, last = at(first.split()[1].decode().partition("?")[0])
-                connection.sendall(head if first.startswith(b"HEAD") else head + body)
-                if last and not first.startswith(b"HEAD"):
+                head, body, last = at(first[1].decode().partition("?")[0])
+                connection.sendall(head if first[0] == b"HEAD" else head + body)
+                if last and first[0] != b"HEAD":
                     return
 
     return answer
