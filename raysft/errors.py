@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
+NO_SPACE = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT)))
+
 
 class RequestError(ValueError):
     """The request is wrong. One line holds the fact, the value and the remedy; the command exits with code 2."""
@@ -25,6 +30,11 @@ class StorageFailed(RuntimeError):
 
 class StorageSilent(StorageFailed):
     """A storage did not answer within the time limit."""
+
+
+def lacks_space(error: BaseException) -> bool:
+    """Return True if a disk is full; each library has an error of its own for that."""
+    return any(text in str(error) for text in NO_SPACE)
 
 
 def as_yaml(value: object) -> str:

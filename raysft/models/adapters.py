@@ -19,7 +19,8 @@ from raysft.models.processor_files import save_tokenizer
 from raysft.models.resolve import find_on_hub
 from raysft.models.tokenizer import load_tokenizer
 from raysft.models.weight_files import check_weights, holds_embeddings
-from raysft.storage.local_cache import in_cache, local_copy, may_be_on_hub, model_copy, on_hub
+from raysft.storage.local_cache import local_copy, may_be_on_hub, model_copy, on_hub
+from raysft.storage.model_cache import in_cache
 from raysft.storage.path import StoragePath
 
 
@@ -128,7 +129,7 @@ def _merged(
         notify(f"model: {len(adapters)} adapters are being merged into {model}, once, in {cache / 'models'}")
         merge_adapters(model, adapters, folder, runs_code)
 
-    return in_cache(cache / "models" / f"merged-{key}", write).location
+    return in_cache(cache / "models" / f"merged-{key}", write, notify).location
 
 
 def merge_adapters(model: str, adapters: Sequence[Path], output: Path, runs_code: bool = False) -> None:

@@ -33,7 +33,8 @@ from raysft.models.weight_types import (
 )
 from raysft.storage.hub_snapshots import is_snapshot, shown
 from raysft.storage.json_files import write_json
-from raysft.storage.local_cache import in_cache, local_copy, model_copy, on_hub
+from raysft.storage.local_cache import local_copy, model_copy, on_hub
+from raysft.storage.model_cache import in_cache
 from raysft.storage.path import StoragePath
 
 FORM = "2"
@@ -100,7 +101,7 @@ def exact_copy(cache: StoragePath, model: str, notify: Callable[[str], None], wi
         if not with_code:
             _remove_code(draft)
 
-    return in_cache(target, write, "adapter_config.json" if is_adapter else "config.json").location
+    return in_cache(target, write, notify, "adapter_config.json" if is_adapter else "config.json").location
 
 
 def _stored_in(folder: str) -> str | None:

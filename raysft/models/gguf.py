@@ -14,7 +14,7 @@ from raysft.errors import RequestError, one_line
 from raysft.models.loading import load_weights
 from raysft.models.tokenizer import load_tokenizer
 from raysft.models.transformers_internals import forget_quantizer
-from raysft.storage.local_cache import in_cache
+from raysft.storage.model_cache import in_cache
 from raysft.storage.path import StoragePath
 
 
@@ -28,7 +28,7 @@ def converted(file: Path, cache: StoragePath, notify: Callable[[str], None], key
             _convert(file, folder, key)
 
     target = cache / "models" / f"{file.stem}-{digest}"
-    return in_cache(target, write).location
+    return in_cache(target, write, notify).location
 
 
 @contextmanager

@@ -18,7 +18,8 @@ from raysft.models.loading import load_weights
 from raysft.models.processor_files import save_tokenizer
 from raysft.models.quantization import method_of
 from raysft.models.tokenizer import load_tokenizer
-from raysft.storage.local_cache import in_cache, local_copy, model_copy
+from raysft.storage.local_cache import local_copy, model_copy
+from raysft.storage.model_cache import in_cache
 
 OUTPUTS = frozenset({
     "o_proj", "down_proj", "out_proj", "c_proj", "dense", "dense_4h_to_h", "fc2", "fc_out", "wo", "w2", "output_linear",
@@ -53,7 +54,7 @@ def with_new_layers(config: Config, model: str, notify: Callable[[str], None]) -
         notify(f"model: gets {new} new layers, once, in {config.cache_directory / 'models'}")
         add_layers(model, folder, new, runs_code)
 
-    expanded = in_cache(config.cache_directory / "models" / f"expanded-{key}", write).location
+    expanded = in_cache(config.cache_directory / "models" / f"expanded-{key}", write, notify).location
     _check_trained(config, expanded)
     return expanded
 

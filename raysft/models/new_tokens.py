@@ -16,7 +16,8 @@ from raysft.models.loading import load_weights
 from raysft.models.processor_files import save_tokenizer
 from raysft.models.quantization import method_of
 from raysft.models.tokenizer import load_tokenizer
-from raysft.storage.local_cache import in_cache, model_copy
+from raysft.storage.local_cache import model_copy
+from raysft.storage.model_cache import in_cache
 
 ALIGNMENT = 64
 """Largest power of two that the rows of an embedding stay divisible by, for the tiles of GPUs."""
@@ -67,7 +68,7 @@ def with_new_tokens(config: Config, model: str, hf_config: Any, notify: Callable
         )
         add_tokens(model, folder, section, runs_code)
 
-    return in_cache(config.cache_directory / "models" / f"extended-{key}", write).location
+    return in_cache(config.cache_directory / "models" / f"extended-{key}", write, notify).location
 
 
 def add_tokens(model: str, folder: Path, section: NewTokensSection, runs_code: bool = False) -> None:

@@ -18,7 +18,8 @@ from raysft.config.rope_scaling import OWN, rope_settings
 from raysft.errors import RequestError, as_yaml, one_line
 from raysft.models.fingerprint import model_fingerprint, tokenizer_fingerprint
 from raysft.models.model_files import model_files
-from raysft.storage.local_cache import in_cache, model_copy
+from raysft.storage.local_cache import model_copy
+from raysft.storage.model_cache import in_cache
 
 KEPT = ("rope_theta", "partial_rotary_factor")
 """Parameters of a model's positions that are not about their scale."""
@@ -125,7 +126,7 @@ def with_rope_scaling(
         _write(model_copy(model), folder, scaling, config.model.runs_code)
         _check_written(folder, scaling, config.model.runs_code)
 
-    return in_cache(config.cache_directory / "models" / f"scaled-{digest}", write).location
+    return in_cache(config.cache_directory / "models" / f"scaled-{digest}", write, notify).location
 
 
 def _scaling(config: Config, hf_config: Any, notify: Callable[[str], None], key: str) -> Scaling | None:

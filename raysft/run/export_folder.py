@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
@@ -11,14 +10,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from raysft.errors import NotNow, RequestError, RunFailed, one_line
+from raysft.errors import NotNow, RequestError, RunFailed, lacks_space, one_line
+from raysft.storage.permissions import let_others_read
 from raysft.storage.run_directory import MODEL_MARKS
 
 DRAFT = ".unfinished"
 """A hidden folder with what is written so far. One that was left by a process that died counts as nothing."""
 UNPUSHED = ".unpushed"
 """A hidden file in an exported folder that is still to be pushed; it names the model, with which the same command goes on."""
-NO_SPACE = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT)))
 
 
 def holds(output: Path, model: str | None) -> bool:
@@ -68,13 +67,14 @@ def draft(folder: Path, remedy: str) -> Iterator[Path]:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir()
             yield unfinished
+            let_others_read(unfinished)
             _move_up(unfinished)
         except BaseException as error:
             shutil.rmtree(unfinished, ignore_errors=True)
             with suppress(OSError):
                 if new:
                     folder.rmdir()
-            if any(text in str(error) for text in NO_SPACE):  # each library has an error of its own for a full disk
+            if lacks_space(error):
                 reason = error.strerror if isinstance(error, OSError) else one_line(error)
                 raise RunFailed(
                     f"{folder}: the model cannot be written ({reason}); {remedy}, then run the same command again"

@@ -6,10 +6,8 @@ import fcntl
 import hashlib
 import os
 import shutil
-import socket
 import time
 import uuid
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,8 +18,6 @@ from raysft.storage.path import Entry, StoragePath
 
 KEPT_DAYS = 7
 """Days after which an unused copy is removed."""
-LEFT_SECONDS = 86400
-"""Seconds after which an unfinished copy of another machine counts as left behind."""
 
 
 def working_copy(place: StoragePath) -> Path:
@@ -101,62 +97,8 @@ def _fetch(place: StoragePath, files: dict[str, Entry], target: Path) -> None:
         StoragePath(str(draft)).remove()
 
 
-def _remove_left(folder: Path, name: str) -> None:
-    """Remove what killed processes have left of a model; the caller holds its lock.
-
-    The lock keeps out all processes of this machine, but on some network file systems none of another one: what those left is
-    removed if nothing was written to it for a day.
-    """
-    own = f".{name}.{boot()}-"
-    for draft in folder.glob(f".{name}.*"):
-        with suppress(OSError):
-            if draft.is_dir() and (
-                draft.name.startswith(own)
-                or time.time() - max(path.stat().st_mtime for path in (draft, *draft.rglob("*"))) > LEFT_SECONDS
-            ):
-                shutil.rmtree(draft, ignore_errors=True)
-
-
-def boot() -> str:
-    """Return an id of this machine since it was started."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")[:8]
-    except OSError:
-        return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
-
-
 def _forget_unused(copies: Path) -> None:
     for folder in copies.iterdir():
         with suppress(OSError):
             if time.time() - folder.stat().st_mtime > KEPT_DAYS * 86400:
                 shutil.rmtree(folder, ignore_errors=True)
-
-
-def in_cache(target: StoragePath, write: Callable[[Path], None], mark: str = "config.json") -> StoragePath:
-    """Return a model folder in the cache; the first process writes it, others wait for it.
-
-    Args:
-        target: the folder.
-        write: makes its content in a folder that does not exist yet.
-        mark: the file by which a folder is known to be whole.
-    """
-    if (target / mark).exists():
-        return target
-    # For an object store write it locally, then upload; machines that do so at once upload the same files.
-    beside = target.local.parent if target.local else cache_home() / "models"
-    beside.mkdir(parents=True, exist_ok=True)
-    with (beside / f".{target.name}.lock").open("w") as lock:
-        # Only processes that need this model wait here, while one of them writes it.
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (target / mark).exists():
-            _remove_left(beside, target.name)
-            draft = beside / f".{target.name}.{boot()}-{uuid.uuid4().hex}"
-            try:
-                write(draft)
-                if target.local:
-                    draft.replace(target.local)
-                else:
-                    target.upload(draft, last=mark)
-            finally:
-                shutil.rmtree(draft, ignore_errors=True)
-    return target

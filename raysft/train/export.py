@@ -21,6 +21,7 @@ from raysft.models.peft_internals import TRAINED
 from raysft.models.processor_files import save_tokenizer
 from raysft.storage.local_cache import local_copy
 from raysft.storage.path import StoragePath
+from raysft.storage.permissions import let_others_read
 from raysft.storage.retry import reason_of, retry_for
 from raysft.storage.run_directory import MODEL_MARKS, RunDirectory, is_complete
 from raysft.telemetry.events import Emit, Waiting
@@ -278,6 +279,7 @@ def save(model: Any, weights: Weights, tokenizer: Any, folder: Path, ends: Seque
     write_ends(folder, ends)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty template; the run directory has a model card
     save_tokenizer(tokenizer, folder)
+    let_others_read(folder)
 
 
 def _add_whole_modules(model: Any, weights: Weights, folder: Path) -> None:

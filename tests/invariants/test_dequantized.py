@@ -23,7 +23,7 @@ from raysft.models.loading import load_weights
 from raysft.models.merging import merge
 from raysft.models.quantized_weights import from_mxfp4
 from raysft.run.inputs import check_model_files, find_other_model
-from raysft.storage.local_cache import boot
+from raysft.storage.model_cache import boot
 from raysft.storage.path import StoragePath
 from raysft.train.finetuning import load_frozen, load_trained
 from tests.messages import holds, refusal
