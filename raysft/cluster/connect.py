@@ -31,7 +31,7 @@ ANSWER_SECONDS = 20.0
 ATTEMPT_SECONDS = 10.0
 """The timeout of one attempt."""
 PAUSE_SECONDS = 1.0
-ON_A_NODE = "raysft runs on a node of its cluster: ray job submit --address http://HOST:8265 -- raysft …"
+ON_A_NODE = "run raysft on a node of the cluster: ray job submit --address http://HOST:8265 -- raysft …"
 
 
 _deferred: list[str | None] = []
@@ -186,7 +186,7 @@ def _named(address: str | None) -> str:
     if address not in (None, "auto"):
         return f"scaling.address={address}"
     elsewhere = os.environ.get("RAY_ADDRESS")
-    return f"RAY_ADDRESS={elsewhere}" if elsewhere else "the Ray cluster of this machine"
+    return f"RAY_ADDRESS={elsewhere}" if elsewhere else "the Ray cluster on this machine"
 
 
 def _find(address: str | None) -> str | None:
@@ -195,19 +195,22 @@ def _find(address: str | None) -> str | None:
 
     named, given = _named(address), os.environ.get("RAY_ADDRESS") if address in (None, "auto") else address
     if given and "://" in given:
-        raise RequestError(f"{named}: a run cannot use the address of a Ray Client or a dashboard; {ON_A_NODE}")
+        raise RequestError(
+            f"{named}: raysft cannot join a cluster through a Ray Client or dashboard address; {ON_A_NODE}"
+        )
     try:
         found = cluster_address(address)
         if found is not None:
             load_token(discover=address in (None, "auto"))
     except AuthenticationError:
-        raise RequestError(f"{named}: RAY_AUTH_MODE=token, but there is no token; {_TOKEN}") from None
+        raise RequestError(f"{named}: RAY_AUTH_MODE=token, but no token is set; {_TOKEN}") from None
     except ConnectionError:  # of auto
-        raise RequestError(f"{named}: no Ray cluster runs on this machine; start one, or set its HOST:PORT") from None
+        raise RequestError(
+            f"{named}: no Ray cluster is running on this machine; start one, or set HOST:PORT of a cluster"
+        ) from None
     except (ValueError, OSError) as error:
         raise RequestError(
-            f"{named}: not the address of a Ray cluster ({error}); set HOST:PORT of its head, or local to start one for "
-            "this run"
+            f"{named}: not a valid Ray cluster address ({error}); set HOST:PORT of its head, or local to start one for this run"
         ) from None
     return found
 
@@ -248,7 +251,7 @@ def _version(head: Head, found: str, named: str) -> str:
         except grpc.RpcError as error:
             failed: Any = error
             if failed.code() == grpc.StatusCode.UNAUTHENTICATED:
-                raise RequestError(f"{named}: the cluster requires another access token; {_TOKEN}") from None
+                raise RequestError(f"{named}: the cluster requires a different access token; {_TOKEN}") from None
             if failed.code() not in passing or left < PAUSE_SECONDS:
                 reason = one_line(failed.details() or "", 160)
                 raise NotNow(f"{named}: no Ray cluster answers at {found} ({reason}); {_remedy(named)}") from None

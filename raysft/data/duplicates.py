@@ -55,8 +55,8 @@ def count_duplicates(
     emptied = [each for each in train if counted.train[each.name].get("left_out") == len(each)]
     if emptied and (mixing != "concat" or len(emptied) == len(train)):
         raise RequestError(
-            f"source {emptied[0].name!r}: all of its {len(emptied[0]):,} examples are in an evaluation set or an earlier source, "
-            "and data.duplicates=drop leaves them out; remove the source, or set data.duplicates=keep"
+            f"source {emptied[0].name!r}: all of its {len(emptied[0]):,} examples are in an evaluation set or an earlier "
+            "source, and data.duplicates=drop removes them; remove the source, or set data.duplicates=keep"
         )
     return counted
 

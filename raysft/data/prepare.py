@@ -193,8 +193,8 @@ def _plan_rows(
     planned = math.ceil(config.train.epochs) * sum(map(len, manifests[: len(train)]))
     if planned > MAX_PLANNED and not config.train.max_steps:
         raise RequestError(
-            f"train.epochs={config.train.epochs} asks for {planned:,} examples, but a plan holds at most {MAX_PLANNED:,}; lower "
-            "it, or set train.max_steps"
+            f"train.epochs={config.train.epochs} needs {planned:,} examples, but a row plan holds at most {MAX_PLANNED:,}; "
+            "lower it, or set train.max_steps"
         )
     evaluated = manifests[len(train) : len(train) + len(evaluation)]
     duplicates = count_duplicates(manifests[: len(train)], evaluated, data.duplicates == "drop", data.mixing)

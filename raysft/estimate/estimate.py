@@ -221,7 +221,7 @@ def _waiting_gpu(training: Training, result: Estimate) -> Iterator[str]:
     useful = min(result.largest, BUSY_TOKENS // tokens)
     if result.place.hardware.gpu and training.config.train.micro_batch_size == "auto" and useful >= 2 * rows:
         yield (
-            f"a microbatch of {_rows(rows)} ({rows * tokens:,} tokens) leaves a large GPU waiting; use "
+            f"a microbatch of {_rows(rows)} ({rows * tokens:,} tokens) underutilizes a large GPU; use "
             f"train.micro_batch_size={1 << useful.bit_length() - 1}, which fits"
         )
 

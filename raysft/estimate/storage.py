@@ -99,7 +99,7 @@ def check_room(config: Config, needed: Storage) -> None:
         raise RequestError(
             f"run.storage: {config.run_place.parent} has {amount(needed.free)} free, but the trained model"
             + (" and one checkpoint take" if needed.kept else " takes")
-            + f" {amount(least)}; make room, or choose another folder"
+            + f" {amount(least)}; free some space, or choose another folder"
         )
 
 
@@ -212,8 +212,9 @@ def late_checkpoint(step: float | None, checkpoint: float | None) -> str:
         checkpoint: seconds of writing one, as measured; None if that is not known.
 
     >>> late_checkpoint(20.0, 25.0)
-    "a step and a checkpoint take about 45 s, but a machine may go 30 s after its notice, Kubernetes' and Ray's default: raise \
-terminationGracePeriodSeconds and RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S, or the steps since the checkpoint before are repeated"
+    'a step and a checkpoint take about 45 s, but a machine may be taken away 30 s after its notice (the default of Kubernetes and \
+Ray): raise terminationGracePeriodSeconds and RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S, or the steps since the previous \
+checkpoint are repeated'
     >>> late_checkpoint(20.0, None), late_checkpoint(None, None)
     ('', '')
     """
@@ -223,7 +224,7 @@ terminationGracePeriodSeconds and RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S, or the 
     known = " and ".join(name for name, value in (("a step", step), ("a checkpoint", checkpoint)) if value)
     verb = "take" if step and checkpoint else "takes"
     return (
-        f"{known} {verb} about {seconds:.0f} s, but a machine may go {NOTICE_SECONDS} s after its notice, Kubernetes' and Ray's "
-        "default: raise terminationGracePeriodSeconds and RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S, or the steps since the "
-        "checkpoint before are repeated"
+        f"{known} {verb} about {seconds:.0f} s, but a machine may be taken away {NOTICE_SECONDS} s after its notice (the default "
+        "of Kubernetes and Ray): raise terminationGracePeriodSeconds and RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S, or the steps "
+        "since the previous checkpoint are repeated"
     )

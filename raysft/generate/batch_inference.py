@@ -251,8 +251,9 @@ class _Predictions:
             print(f"{name}: {len(self._errors)} of {total} prompts failed, the first of them {self._prompts.ids[number]}: "
                   f"{error}; generate again to retry them", file=sys.stderr)  # fmt: skip
         if cut := int(self._cut.sum()):
-            print(f"{name}: {cut} of {total} prompts lost their beginning, because they exceed the model's positions "
-                  f"with generate.max_new_tokens={self._config.generate.max_new_tokens}; lower it", file=sys.stderr)  # fmt: skip
+            print(f"{name}: {cut} of {total} prompts were truncated at the beginning, because they exceed the model's context "
+                  f"length with generate.max_new_tokens={self._config.generate.max_new_tokens}; lower it",
+                  file=sys.stderr)  # fmt: skip
 
     def score(self, by_tasks: bool = True) -> list[metrics.MetricRow]:
         """Score a complete output."""

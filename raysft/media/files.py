@@ -11,7 +11,7 @@ DIGEST_BYTES = 16
 """Bytes of a hash."""
 MAX_BYTES = 1 << 30
 """Most bytes of a local file."""
-REMEDY = "restore it, or set another data.cache and run.name to tokenize the data anew"
+REMEDY = "restore it, or set another data.cache and run.name to tokenize the data again"
 """What to do about a file that has changed or gone."""
 
 

@@ -18,8 +18,8 @@ FOREIGN = (
     (b"\xc5\xd0\xd3\xc6", "PostScript"),
     (b"<svg", "SVG"),
     (b"<?xml", "XML"),
-    (b"<!doctype", "a page of the web"),
-    (b"<html", "a page of the web"),
+    (b"<!doctype", "a web page"),
+    (b"<html", "a web page"),
     (b"%pdf", "PDF"),
 )
 """How files begin that are no images of pixels → what they are. PIL would start another program for PostScript."""
@@ -127,11 +127,13 @@ def _loaded(content: bytes, reduced: bool = False) -> tuple[Any, tuple[int, int]
     except Unreadable:
         raise
     except Image.UnidentifiedImageError:
-        raise Unreadable(f"is no image that PIL knows, or is broken (it begins with {content[:12]!r})") from None
+        raise Unreadable(
+            f"is not an image that PIL can read, or is corrupt (it begins with {content[:12]!r})"
+        ) from None
     except Image.DecompressionBombError:
         raise Unreadable(f"has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels; scale it down") from None
     except Exception as error:  # decoders raise whatever a broken file leads them to
-        raise Unreadable(f"is broken ({one_line(error)})") from None
+        raise Unreadable(f"is corrupt ({one_line(error)})") from None
 
 
 def _eight_bits(image: Any) -> Any:
@@ -146,8 +148,8 @@ def _eight_bits(image: Any) -> Any:
     elif image.mode == "I" and image.format == "PPM":
         bits = 16
     elif image.mode in ("I", "F"):
-        kind = "whole numbers of 32 bits" if image.mode == "I" else "fractions"
-        raise Unreadable(f"has {kind} as pixels, which have no fixed white; save it with 8 or 16 bits")
+        kind = "32-bit integers" if image.mode == "I" else "fractions"
+        raise Unreadable(f"has {kind} as pixels, which have no defined white level; save it with 8 or 16 bits")
     if bits <= 8:
         return image
     values = np.asarray(image).astype(np.uint32) >> (bits - 8)
@@ -160,9 +162,9 @@ def _refuse_foreign(content: bytes) -> None:
     start = content[:1024].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     for beginning, kind in FOREIGN:
         if start.startswith(beginning.lower()):
-            raise Unreadable(f"is {kind}, not an image of pixels; save it as PNG or JPEG")
+            raise Unreadable(f"is {kind}, not a raster image; save it as PNG or JPEG")
     if start.startswith(POINTER):
-        raise Unreadable("is a pointer of Git LFS, not the image; fetch the images with git lfs pull")
+        raise Unreadable("is a Git LFS pointer, not the image; fetch the images with git lfs pull")
     if content[4:12] in PHOTOS_OF_PHONES:
         raise Unreadable("is HEIC, which PIL does not read; save it as PNG or JPEG")
 

@@ -37,14 +37,14 @@ def fit_embeddings(model: Any, adapter: Path, least: int = 0) -> int:
     former, rows = embedding.weight.shape[0], max(held.values(), default=0)
     if 0 < rows < least:
         raise RequestError(
-            f"{adapter}: holds embeddings of {rows} tokens, but an adapter before it those of {least}; merge only one of them"
+            f"{adapter}: has embeddings for {rows} tokens, but an earlier adapter has them for {least}; merge only one of them"
         )
     tied = head is None or head.weight is embedding.weight
     if rows > former and not tied and len(held) < len(names):
         lacking = next(name for name in names if name not in held)
         raise RequestError(
-            f"{adapter}: has {rows} tokens and its base {former}, but it holds no {lacking} for the new ones; save it again, with "
-            "save_embedding_layers=True"
+            f"{adapter}: has {rows} tokens and its base {former}, but the adapter has no {lacking} for the new ones; save it "
+            "again, with save_embedding_layers=True"
         )
     if rows and rows != former:
         model.resize_token_embeddings(rows, mean_resizing=False)

@@ -34,10 +34,10 @@ def check_packable(adapter: Path, named: str) -> None:
         why = (
             "takes effect only after its invocation tokens (aLoRA)"
             if invoked
-            else f"puts states of its own before each text ({str(kind).lower()})"
+            else f"prepends its own states to each text ({str(kind).lower()})"
         )
         raise RequestError(
-            f"{named}: {why}, which is impossible in rows of several examples; use another adapter, or raysft generate"
+            f"{named}: {why}, which does not work in rows with several examples; use another adapter, or raysft generate"
         )
 
 
@@ -75,8 +75,8 @@ def adapter_base(model: Path) -> Path | None:
     if base is None or not base.is_dir():
         if named and MADE.fullmatch(Path(named).name):
             raise RequestError(
-                f"{description}: its base {named} was made in the cache by the run that trained the adapter, and is not there any "
-                "more; raysft check with that run's config makes it again"
+                f"{description}: its base {named} was created in the cache by the run that trained the adapter, and no longer "
+                "exists; run raysft check with that run's config to create it again"
             )
         raise RequestError(
             f"{description}: base_model_name_or_path={named!r} is not a folder here; put the base model there, or correct the name"

@@ -43,8 +43,8 @@ def find_adapter(config: Config, model: str, notify: Callable[[str], None]) -> t
     goes_on = bool(folders) and not config.model.new_adapter
     if goes_on and config.model.new_tokens.tokens and not holds_embeddings(folders[-1]):
         raise RequestError(
-            f"model.new_tokens needs embeddings trained, but the adapter {config.model.adapters[-1]} trains none; set "
-            "model.new_adapter=true, or remove model.new_tokens"
+            f"model.new_tokens requires trained embeddings, but the adapter {config.model.adapters[-1]} does not train them; "
+            "set model.new_adapter=true, or remove model.new_tokens"
         )
     merged = folders[:-1] if goes_on else folders
     if merged:
@@ -64,10 +64,10 @@ def _folder(path: str, place: str) -> Path:
         folder = model_copy(place) if on_hub(place) else Path(local_copy(place))
     except FileNotFoundError:
         raise RequestError(
-            f"model.adapters: {StoragePath.of(place)} does not exist; give a folder that peft has written"
+            f"model.adapters: {StoragePath.of(place)} does not exist; give a folder written by peft"
         ) from None
     if not (folder / "adapter_config.json").exists():
-        raise RequestError(f"model.adapters: {path} has no adapter_config.json; give a folder that peft has written")
+        raise RequestError(f"model.adapters: {path} has no adapter_config.json; give a folder written by peft")
     if not (folder / "adapter_model.safetensors").exists():
         raise RequestError(f"model.adapters: {path} has no weights (adapter_model.safetensors); copy or train it again")
     check_weights(folder, f"model.adapters: {path}")
@@ -79,7 +79,7 @@ def _check_kind(folder: Path, config: Config) -> None:
     kind = str(hf_config.get("peft_type")).lower()
     if not config.model.new_adapter and kind != config.model.finetuning:
         raise RequestError(
-            f"model.adapters: {folder} is {kind} and model.finetuning={config.model.finetuning} is to go on with it; "
+            f"model.adapters: {folder} is {kind} and model.finetuning={config.model.finetuning} would continue training it; "
             f"set model.finetuning={kind}, or model.new_adapter=true"
         )
     if not config.model.new_adapter and kind == "lora":
@@ -94,8 +94,8 @@ def _check_form(folder: Path, hf_config: Mapping[str, Any], config: Config) -> N
         wanted = getattr(lora, key)
         if wanted not in (getattr(usual, key), hf_config.get(theirs)):
             raise RequestError(
-                f"model.adapters: {folder} has {key} {hf_config.get(theirs)!r}, which stays as it is, and "
-                f"model.lora.{key}={wanted!r}; take it out, or set model.new_adapter=true"
+                f"model.adapters: {folder} has {key} {hf_config.get(theirs)!r}, which cannot change, but "
+                f"model.lora.{key}={wanted!r}; remove that key, or set model.new_adapter=true"
             )
 
 
@@ -109,8 +109,9 @@ def _check_tokens(folder: Path, path: str, model: str, runs_code: bool) -> None:
         token = other[0][0]
         ids = [f"token {of[token]}" if token in of else "no token" for of in (there, here)]
         raise RequestError(
-            f"model.adapters: {path} holds embeddings in which {token!r} is {ids[0]}, but it is {ids[1]} of the model; set "
-            "model.new_tokens as it was when the adapter was trained, or export the adapter (raysft export) and start from that"
+            f"model.adapters: {path} holds embeddings in which {token!r} is {ids[0]}, but in the model it is {ids[1]}; set "
+            "model.new_tokens as it was when the adapter was trained, or export the adapter (raysft export) and start from "
+            "that"
         )
 
 
@@ -138,7 +139,7 @@ def merge_adapters(model: str, adapters: Sequence[Path], output: Path, runs_code
 
     whole = load_weights(model_copy(model), dtype=torch.float32, trust_remote_code=runs_code)
     for adapter in adapters:
-        whole = merge_adapter(mergeable(load_adapter(whole, adapter), adapter, "take it out of model.adapters"))
+        whole = merge_adapter(mergeable(load_adapter(whole, adapter), adapter, "remove it from model.adapters"))
     whole.config.use_cache = True
     whole.save_pretrained(output)
     save_tokenizer(load_tokenizer(model, runs_code), output)
@@ -167,14 +168,14 @@ def load_adapter(model: Any, folder: str | Path, **options: Any) -> Any:
         except UserWarning as warning:
             lacking = str(warning).partition(": ")[2] or str(warning)
             raise RequestError(
-                f"{folder}: lacks some of the adapter's weights ({lacking:.120}); copy or train it again"
+                f"{folder}: is missing some of the adapter's weights ({lacking:.120}); copy or train it again"
             ) from None
         except torch.OutOfMemoryError:
             raise
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = f"{type(error).__name__}: {one_line(error, 160)}"
             raise RequestError(
-                f"{folder}: is not an adapter of this model ({reason}); give the model that it belongs to, or copy it again"
+                f"{folder}: is not an adapter of this model ({reason}); use the model that it belongs to, or copy it again"
             ) from None
     if generation := generation_config(Path(folder)):
         model.generation_config = generation  # the adapter may have learned where turns end

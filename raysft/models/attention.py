@@ -56,7 +56,7 @@ def kernel(config: Config, hf_config: Any = None) -> str | None:
         others = ["auto", *(each for each in ("sdpa", "eager") if each != wanted and computes_attention(made, each))]
         kind = made.config_class.model_type
         raise RequestError(
-            f"model.attention={wanted}, but transformers has none for {made.__name__} (model_type={kind}); use "
+            f"model.attention={wanted}, but transformers does not support it for {made.__name__} (model_type={kind}); use "
             f"{', '.join(others[:-1])} or {others[-1]}"
         )
     if wanted in FLASH:
@@ -82,8 +82,7 @@ def check_kernel(config: Config, device: torch.device) -> None:
     *_, capabilities, generation = FLASH[wanted]
     if torch.cuda.get_device_capability(device)[0] not in capabilities:
         raise RequestError(
-            f"model.attention={wanted} needs a GPU of the generation {generation}, but a worker has "
-            f"{torch.cuda.get_device_name(device)}; use "
+            f"model.attention={wanted} needs a {generation} GPU, but a worker has {torch.cuda.get_device_name(device)}; use "
             + ("sdpa" if wanted == "flash_attention_2" else "flash_attention_2 or sdpa")
         )
 

@@ -126,8 +126,8 @@ def check_expanded(model: Any, expanded: Any, new: int) -> None:
     for index, source in enumerate(origins(count, new)):
         if list(_kind(layers[index])) != former[source]:
             raise RequestError(
-                f"model.new_layers={new} copies layers, but layer {index} of the expanded {name} would not be what layer {source} "
-                f"of the model is: its kind depends on where it stands; {remedy}"
+                f"model.new_layers={new} copies layers, but layer {index} of the expanded {name} would differ from layer "
+                f"{source} of the model, because the type of a layer depends on its position; {remedy}"
             )
     shapes = [
         {key: tuple(weight.shape) for key, weight in one.named_parameters() if not key.startswith(f"{prefix}.")}
@@ -136,7 +136,7 @@ def check_expanded(model: Any, expanded: Any, new: int) -> None:
     for key, shape in shapes[0].items():
         if shapes[1].get(key) != shape:
             raise RequestError(
-                f"model.new_layers={new} inserts layers, but {name} has weights of each layer outside of them ({key}); {remedy}"
+                f"model.new_layers={new} inserts layers, but {name} has per-layer weights outside the layers ({key}); {remedy}"
             )
 
 

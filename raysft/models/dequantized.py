@@ -162,5 +162,5 @@ def _check_room(model: Path, output: Path, needed: int) -> None:
     if needed > free:
         raise RequestError(
             f"{shown(str(model))}: its weights take {needed / 2**30:,.1f} GiB in 16 bits, but {output.parent} has "
-            f"{free / 2**30:,.1f} GiB free; make room, or set data.cache to a folder with more"
+            f"{free / 2**30:,.1f} GiB free; free some space, or set data.cache to a folder with more"
         )

@@ -114,7 +114,7 @@ def move_experts(model: Any, config: Config, taken_over: Callable[..., LayerExpe
     for module in experts:
         if not is_swiglu(module):
             raise RequestError(
-                f"model.experts=kt computes SwiGLU without biases, but {type(module).__name__} is something else; set "
+                f"model.experts=kt supports only SwiGLU without biases, but {type(module).__name__} is different; set "
                 "model.experts=auto"
             )
         module.experts_of_layer = taken_over(module, adapters.get(id(module), []))

@@ -77,7 +77,7 @@ def check_kernel(on_this_machine: bool = True) -> None:
         kt_kernel: Any = importlib.import_module("kt_kernel")
     except ImportError as error:
         raise RequestError(
-            f"model.experts=kt: the package kt-kernel does not load ({error}); install kt-kernel=={VERSION}"
+            f"model.experts=kt: the package kt-kernel cannot be loaded ({error}); install kt-kernel=={VERSION}"
         ) from None
     if not hasattr(kt_kernel.kt_kernel_ext.moe, "AMXBF16_SFT_MOE"):
         raise RequestError(

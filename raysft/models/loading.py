@@ -36,7 +36,7 @@ def load_weights(folder: str | Path, **options: Any) -> Any:
         if "ignore_mismatched_sizes" not in str(error):
             raise
         raise RequestError(
-            f"{folder}: its weights have other shapes than its config.json says; copy it again"
+            f"{folder}: its weights have different shapes from those in its config.json; copy it again"
         ) from None
     except OSError as error:
         if fault := hub.reason_of(error):
@@ -48,7 +48,9 @@ def load_weights(folder: str | Path, **options: Any) -> Any:
     by_bitsandbytes = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
     # The names that other libraries give to their scales are unknown here.
     if lacking and (by_bitsandbytes or not getattr(model, "is_quantized", False)):
-        raise RequestError(f"{folder}: lacks {len(lacking)} of the model's weights ({min(lacking)}); copy it again")
+        raise RequestError(
+            f"{folder}: is missing {len(lacking)} of the model's weights ({min(lacking)}); copy it again"
+        )
     return model
 
 

@@ -29,7 +29,7 @@ from raysft.models.weight_types import (
 )
 from raysft.storage.run_directory import MODEL_MARKS
 
-UNMERGED = "keep it as it is (--no-merge)"
+UNMERGED = "keep it unmerged (--no-merge)"
 
 
 def merge(
@@ -109,7 +109,7 @@ def _check_exact(model: Path, dtype: str | None) -> None:
     """Refuse to change the data type of a model that is quantized."""
     if dtype and (method := _method(model)):
         raise RequestError(
-            f"--dtype {dtype}: {model} is quantized ({method}), so its weights have no such type; remove it"
+            f"--dtype {dtype}: {model} is quantized ({method}), so its weights cannot be converted to this type; remove it"
         )
 
 
@@ -125,7 +125,7 @@ def _load_exact(base: Path, adapters: Sequence[Path], runs_code: bool) -> Any:
 
     if method := _method(base):
         raise RequestError(
-            f"{base}: is quantized ({method}), so no adapter can be merged into it; keep the adapter as it is (--no-merge), or "
+            f"{base}: is quantized ({method}), so no adapter can be merged into it; keep the adapter unmerged (--no-merge), or "
             "merge it into the model that was quantized"
         )
     model = load_weights(base, dtype=getattr(torch, stored_dtype(base) or "float32"), trust_remote_code=runs_code)
@@ -179,8 +179,8 @@ def _tokenizer(adapters: Sequence[Path], base: Path, runs_code: bool) -> tuple[A
         other = [token for token, index in tokenizer.get_vocab().items() if known.get(token) != index]
         if other and any(map(holds_embeddings, (each, chosen))):
             raise RequestError(
-                f"{each}: its token {other[0]!r} has another id than in {chosen}, or none, so no model has the tokens of both; "
-                "merge only one of them"
+                f"{each}: its token {other[0]!r} has a different id from that in {chosen}, or none, so no model can have the "
+                "tokens of both; merge only one of them"
             )
     return loaded[chosen], chosen
 

@@ -51,7 +51,7 @@ def with_new_layers(config: Config, model: str, notify: Callable[[str], None]) -
     key = hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
     def write(folder: Path) -> None:
-        notify(f"model: gets {new} new layers, once, in {config.cache_directory / 'models'}")
+        notify(f"model: adding {new} layers, once, in {config.cache_directory / 'models'}")
         add_layers(model, folder, new, runs_code)
 
     expanded = in_cache(config.cache_directory / "models" / f"expanded-{key}", write, notify).location
@@ -74,8 +74,8 @@ def expanded_config(config: Config, hf_config: Any) -> Any:
         return hf_config
     if method := method_of(hf_config):
         raise RequestError(
-            f"model.new_layers={new} adds layers, but model.path={config.model.path} is quantized ({method}) and cannot be written "
-            "anew; use the model that it was made from, with model.quantization"
+            f"model.new_layers={new} adds layers, but model.path={config.model.path} is quantized ({method}) and cannot be "
+            "rewritten; use the model that it was quantized from, with model.quantization"
         )
     expanded = expand_config(hf_config, new)
     with torch.device("meta"):
@@ -129,8 +129,8 @@ def add_layers(model: str, folder: Path, new: int, runs_code: bool = False) -> N
     difference = (after.float() - before.float()).abs().max() / before.float().std().clamp(min=1e-12)
     if not difference <= allowed:
         raise RequestError(
-            f"model.new_layers={new} would change the logits of {model} (by {float(difference):.2g} of their standard deviation): "
-            "what it computes depends on the number of its layers; remove model.new_layers"
+            f"model.new_layers={new} would change the logits of {model} (by {float(difference):.2g} of their standard "
+            "deviation): its output depends on the number of its layers; remove model.new_layers"
         )
 
 
@@ -186,7 +186,7 @@ def _make_identity(layer: Any, call: tuple[Any, Any], named: str, new: int) -> l
             norm.load_state_dict(kept[name])
         if not outputs or not _is_identity(layer, call):
             raise RequestError(
-                f"model.new_layers={new} needs layers that add to what they get, but {named} still changes it when its output "
+                f"model.new_layers={new} needs residual layers, but {named} still changes its input when its output "
                 "projections are zero; remove model.new_layers"
             )
     return sorted({name.rpartition(".")[0] if name.endswith((".weight", ".bias")) else name for name in outputs})
@@ -260,7 +260,7 @@ def _check_trained(config: Config, model: str) -> None:
         return
     kind = config.model.finetuning
     raise RequestError(
-        f"model.finetuning={kind} trains no norms, but the new layers of this model begin with norms of zeros "
-        f"({', '.join(norms):.100}), which let nothing pass; set model.finetuning to freeze or full, or name them in "
+        f"model.finetuning={kind} does not train norms, but the new layers of this model start with zeroed norms "
+        f"({', '.join(norms):.100}), which block all signal; set model.finetuning to freeze or full, or name them in "
         f"model.{kind}.extra_modules"
     )

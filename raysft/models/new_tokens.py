@@ -43,7 +43,7 @@ def with_new_tokens(config: Config, model: str, hf_config: Any, notify: Callable
     lacking = [token for token in section.tokens if token not in whole]
     if existing := [token for token in section.tokens if token in known]:
         notify(
-            f"model: has {' '.join(existing):.200} of model.new_tokens already; their embeddings stay, and are trained"
+            f"model: already has {' '.join(existing):.200} of model.new_tokens; their embeddings are kept and trained"
         )
     if not lacking:
         return model
@@ -57,7 +57,7 @@ def with_new_tokens(config: Config, model: str, hf_config: Any, notify: Callable
     if method := method_of(hf_config):
         raise RequestError(
             f"model.new_tokens adds {lacking[0]!r}, but model.path={config.model.path} is quantized ({method}) and cannot be "
-            "written anew; use the model that it was made from, with model.quantization"
+            "rewritten; use the model that it was quantized from, with model.quantization"
         )
     content = (model_fingerprint(model), tokenizer_fingerprint(model), section.model_dump_json())
     key = hashlib.sha256(repr(content).encode()).hexdigest()[:16]
@@ -103,7 +103,7 @@ def add_tokens(model: str, folder: Path, section: NewTokensSection, runs_code: b
     head, embedding = whole.get_output_embeddings(), whole.get_input_embeddings()
     if head is None:
         raise RequestError(
-            f"model.new_tokens: {type(whole).__name__} has no output head of its own to extend; remove them"
+            f"model.new_tokens: {type(whole).__name__} has no output head that could be extended; remove them"
         )
     ids = torch.tensor(sorted(index for index in known.values() if index < former))
     matrices = {"embedding": embedding.weight}

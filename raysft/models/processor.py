@@ -125,8 +125,8 @@ def image_text(processor: Any, width: int, height: int, beside: bool = False) ->
     places = made.get("text_replacement_offsets")
     if not places or not places[0]:
         raise RequestError(
-            f"model: {type(processor).__name__} does not say which tokens stand for an image; such a model cannot be given images, "
-            "use another, or data of text alone"
+            f"model: {type(processor).__name__} does not define which tokens represent an image, so the model cannot be given "
+            "images; use another model, or text-only data"
         )
     return places[0][0]["replacement"]
 

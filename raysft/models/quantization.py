@@ -80,7 +80,7 @@ def method_of(hf_config: Any) -> str | None:
         return None
     # Early checkpoints of bitsandbytes do not name it.
     early = any(key.lstrip("_").startswith(("load_in_", "bnb_", "llm_int8_")) for key in settings)
-    method = settings.get("quant_method") or ("bitsandbytes" if early else "a method without a name")
+    method = settings.get("quant_method") or ("bitsandbytes" if early else "an unnamed method")
     return str(getattr(method, "value", method)).lower()
 
 
@@ -130,8 +130,8 @@ def check_method(model: str, method: str, config: Config) -> None:
     if method != "bitsandbytes" and method not in AUTO_QUANTIZER_MAPPING:
         # Its weights would be read as if they were exact.
         raise RequestError(
-            f"{model}: is quantized by {method}, which this version of transformers does not know; use the model that it was made "
-            "from, with model.quantization"
+            f"{model}: is quantized with {method}, which this version of transformers does not support; use the model that it "
+            "was quantized from, with model.quantization"
         )
     if method == "fp8" and not (config.model.dequantize or config.scaling.use_gpu):
         raise RequestError(
@@ -142,7 +142,7 @@ def check_method(model: str, method: str, config: Config) -> None:
     if packages:
         needs = f"package{'s' if len(packages) > 1 else ''} {' and '.join(packages)}"
         raise RequestError(
-            f"{model}: is quantized by {method}, which needs the {needs}; pip install {' '.join(packages)} on every node"
+            f"{model}: is quantized with {method}, which needs the {needs}; pip install {' '.join(packages)} on every node"
         )
 
 

@@ -59,7 +59,7 @@ def _layers(model: Any, first: int | None, on_cpu: bool) -> list[Any]:
         raise RequestError(f"train.recompute_layers={first}, but the model has {count} layers; use at most {count}")
     if not all(map(recomputes_itself, layers)):
         raise RequestError(
-            f"{asked} needs layers that are recomputed one by one, but those of {type(model).__name__} are not; remove it"
+            f"{asked} needs layers that are checkpointed one by one, but those of {type(model).__name__} are not; remove it"
         )
     return layers
 

@@ -77,8 +77,8 @@ def find_reference(
     theirs = embedding_rows(base or folder, hf_config, named)
     if rows is not None and theirs is not None and rows != theirs:
         raise RequestError(
-            f"{named}: has embeddings for {theirs} tokens, but model.path={config.model.path} for {rows}; "
-            "use a reference with as many, or remove train.reference_model"
+            f"{named}: has embeddings for {theirs} tokens, but model.path={config.model.path} has them for {rows}; use a "
+            "reference model with as many, or remove train.reference_model"
         )
     return ReferenceFiles(found, hf_config, commit)
 
@@ -91,6 +91,6 @@ def _check_vocabulary(named: str, theirs: dict[str, int], ours: dict[str, int]) 
     token = min(differing, key=lambda entry: (entry[1], entry[0]))[0]
     there, here = (f"token {of[token]}" if token in of else "no token" for of in (theirs, ours))
     raise RequestError(
-        f"{named}: has another vocabulary ({token!r} is {there}, but {here} of the model that is trained); use a reference "
-        "with the same tokens, or remove train.reference_model"
+        f"{named}: has a different vocabulary ({token!r} is {there}, but in the trained model it is {here}); use a reference "
+        "model with the same tokens, or remove train.reference_model"
     )

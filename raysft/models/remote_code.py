@@ -53,7 +53,9 @@ def check_code(
             f"{key}={path} needs its own code ({_files(references)}), but model.trust_remote_code={named} does not name it; read "
             f"the code, then set model.trust_remote_code=[{path}]"
         )
-    notify("model: its own code is not run, because transformers has classes for it (model.trust_remote_code runs it)")
+    notify(
+        "model: not running its own code, because transformers has classes for it (to run it, use model.trust_remote_code)"
+    )
 
 
 def check_code_of(folder: Path, remedy: str) -> None:

@@ -45,7 +45,7 @@ def find_model(
     folder = Path(path).expanduser()
     if revision and (given != path or not may_be_on_hub(path) or path.endswith(".gguf") or folder.exists()):
         raise RequestError(
-            f"model.revision={revision} names a revision on the hub, but {key}={given} is no id of the hub; remove model.revision"
+            f"model.revision={revision} names a Hub revision, but {key}={given} is not a Hub id; remove model.revision"
         )
     if "://" in path:
         return _elsewhere(StoragePath.of(path), cache, notify, key, marks)
@@ -135,7 +135,7 @@ def find_on_hub(
     if not hub_snapshots.holds_weights(location):
         raise RequestError(f"{named}: the hub has no weights of it (*.safetensors); use a complete model")
     notify(
-        f"model: {name} is taken at commit {location.partition('@')[2][: hub_snapshots.SHORT]}"
+        f"model: {name} is pinned to commit {location.partition('@')[2][: hub_snapshots.SHORT]}"
         + (f" ({asked})" if asked else "")
     )
     return location

@@ -111,8 +111,8 @@ def sequence_attention(
     """
     if more := next((name for name in ("s_aux", "position_bias") if options.get(name) is not None), None):
         raise RunFailed(
-            f"{type(module).__name__} has {'attention sinks' if more == 's_aux' else 'biases of its attention'}, which workers of "
-            f"scaling.sequence_parallel cannot exchange; {REMEDY}"
+            f"{type(module).__name__} has {'attention sinks' if more == 's_aux' else 'biases of its attention'}, which workers "
+            f"cannot exchange for scaling.sequence_parallel; {REMEDY}"
         )
     examples = current()
     if examples is None or examples.part is None:

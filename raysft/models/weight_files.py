@@ -51,7 +51,7 @@ def check_weights(folder: Path, named: str) -> None:
     found = next(iter(adapter or [folder / name for name in MODEL_FILES if (folder / name).exists()]), None)
     if found is None:
         raise RequestError(
-            f"{named}: holds no weights (*.safetensors); use a complete model, or copy or train it again"
+            f"{named}: contains no weights (*.safetensors); use a complete model, or copy or train it again"
         )
     for file in _parts(found, named) if found.suffix == ".json" else [found]:
         check = _check_safetensors if file.suffix == ".safetensors" else _check_bin

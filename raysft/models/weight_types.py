@@ -63,8 +63,8 @@ def converted(name: str, weight: Any, dtype: str) -> Any:
         beyond = weight[torch.isfinite(weight) & (weight.abs() > LARGEST_FLOAT16)]
         if beyond.numel():
             raise RequestError(
-                f"--dtype float16: {name} holds {float(beyond[beyond.abs().argmax()]):g}, but float16 ends at "
-                f"{LARGEST_FLOAT16:,.0f}; use --dtype bfloat16"
+                f"--dtype float16: {name} holds {float(beyond[beyond.abs().argmax()]):g}, but the largest "
+                f"float16 is {LARGEST_FLOAT16:,.0f}; use --dtype bfloat16"
             )
     return weight.to(getattr(torch, dtype))
 

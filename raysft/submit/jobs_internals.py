@@ -153,7 +153,7 @@ class _Client(JobSubmissionClient):
             logging.getLogger(name).setLevel(logging.ERROR)
         self._url, self._token = url, find_token() if _mode() != "disabled" else None
         if token_asked_for() and self._token is None:
-            raise RequestError(f"RAY_AUTH_MODE=token, but there is no token; {HOW}")
+            raise RequestError(f"RAY_AUTH_MODE=token, but no token is set; {HOW}")
         authority = os.environ.get("SSL_CERT_FILE") or os.environ.get("REQUESTS_CA_BUNDLE")
         try:
             super().__init__(url, verify=authority or True)

@@ -184,7 +184,7 @@ def test_a_checkpoint_that_is_quantized_already_is_loaded_as_it_is(folder, capsy
     described["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (small / "config.json").write_text(json.dumps(described))
     told = refused(folder, capsys, f"generate.model={small}")
-    assert "is quantized by gptq, which needs the packages optimum and gptqmodel" in told
+    assert "is quantized with gptq, which needs the packages optimum and gptqmodel" in told
 
 
 def test_any_source_is_generated_for(folder, other):
@@ -241,7 +241,7 @@ def test_what_cannot_be_is_refused_before_anything_starts(folder, other, adapter
         torn = tmp_path / part.name
         shutil.copytree(part, torn)
         (torn / file).unlink()
-        assert "holds no weights" in refused(folder, capsys, f"generate.model={torn}")
+        assert "contains no weights" in refused(folder, capsys, f"generate.model={torn}")
     told = refused(folder, capsys, f"generate.model={other}/model.safetensors")
     assert "is a file, not a model folder" in told
     torn = tmp_path / "torn"
@@ -274,9 +274,7 @@ def test_what_cannot_be_is_refused_before_anything_starts(folder, other, adapter
         described["base_model_name_or_path"] = str(tmp_path / f"{made}-0123456789abcdef")
         (lost / "adapter_config.json").write_text(json.dumps(described))
         told = refused(folder, capsys, f"evaluate.model={lost}", verb="evaluate")
-        assert (
-            "was made in the cache by the run that trained the adapter, and is not there any more; raysft check" in told
-        )
+        assert "was made in the cache by the run that trained the adapter, and no longer exists; raysft check" in told
 
 
 def test_a_tokenizer_with_tokens_that_its_model_does_not_know_is_refused(folder, tmp_path, capsys):
@@ -353,7 +351,10 @@ def test_conversations_with_functions_are_asked_up_to_their_last_answer(folder, 
         cut += len(ids) > 598
     assert min(several, with_tools) > (2 if ours else 100)
     assert (1 if ours else 10) <= cut < len(rows)
-    assert f"generated_predictions: {cut} of {len(rows)} prompts lost their beginning" in capsys.readouterr().err
+    assert (
+        f"generated_predictions: {cut} of {len(rows)} prompts were truncated at the beginning"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("trained", [False, True])

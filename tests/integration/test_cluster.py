@@ -200,9 +200,9 @@ def test_a_job_that_is_stopped_has_more_than_rays_three_seconds_to_save_its_work
 @pytest.mark.parametrize(
     ("token", "fact"),
     [
-        ({"RAY_AUTH_MODE": None}, "the cluster requires another access token"),
-        ({"RAY_AUTH_TOKEN": "0" * 64}, "the cluster requires another access token"),
-        ({"RAY_AUTH_TOKEN": None}, "RAY_AUTH_MODE=token, but there is no token"),
+        ({"RAY_AUTH_MODE": None}, "the cluster requires a different access token"),
+        ({"RAY_AUTH_TOKEN": "0" * 64}, "the cluster requires a different access token"),
+        ({"RAY_AUTH_TOKEN": None}, "RAY_AUTH_MODE=token, but no token is set"),
     ],
 )
 def test_a_cluster_that_wants_another_token_says_so_at_once(cluster, token, fact):

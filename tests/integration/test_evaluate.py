@@ -316,7 +316,7 @@ def test_records_without_an_answer_are_counted_and_have_no_loss(folder, other, c
     [
         (
             {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4},
-            "puts states of its own before each text (prefix_tuning)",
+            "prepends its own states to each text (prefix_tuning)",
         ),
         (
             {"peft_type": "LORA", "alora_invocation_tokens": [5]},
@@ -330,7 +330,9 @@ def test_an_adapter_that_acts_on_places_of_one_text_is_refused(folder, tmp_path,
     )
     save_file({"weight": torch.zeros(2)}, tmp_path / "adapter_model.safetensors")
     told = refused(folder, capsys, f"evaluate.model={tmp_path}")
-    assert f"evaluate.model={tmp_path}: {reason}, which is impossible in rows of several examples; use another" in told
+    assert (
+        f"evaluate.model={tmp_path}: {reason}, which does not work in rows with several examples; use another" in told
+    )
 
 
 def test_what_cannot_be_is_refused_before_anything_starts(folder, other, tmp_path, capsys):
@@ -355,6 +357,6 @@ def test_what_cannot_be_is_refused_before_anything_starts(folder, other, tmp_pat
     torn = tmp_path / "torn"
     shutil.copytree(other, torn)
     (torn / "model.safetensors").unlink()
-    assert "holds no weights" in refused(folder, capsys, f"evaluate.model={torn}")
+    assert "contains no weights" in refused(folder, capsys, f"evaluate.model={torn}")
     (torn / "model.safetensors").write_bytes((other / "model.safetensors").read_bytes()[:-9])
     assert "model.safetensors is damaged (" in refused(folder, capsys, f"evaluate.model={torn}")

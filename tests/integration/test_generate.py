@@ -181,7 +181,7 @@ def test_prompts_with_images_are_completed_and_their_predictions_name_the_files(
         ]
         assert row.get("media", []) == named
         assert row["prompt"].count(processor.image_token) == len(named)
-    with pytest.raises(RequestError, match=r"^generate.batching=continuous, but there are prompts with images"):
+    with pytest.raises(RequestError, match=r"^generate.batching=continuous, but some prompts have images"):
         generate(
             config(folder, batching="continuous"), model=str(folder), prompts=prompts, output=tmp_path / "other.jsonl"
         )
@@ -276,7 +276,7 @@ def test_a_second_model_that_does_not_load_leaves_the_predictions_of_the_first(m
     broken, weights = tiny_model(tmp_path / "broken"), tmp_path / "broken" / "model.safetensors"
     save_file({name: value[:1] for name, value in load_file(weights).items()}, weights, {"format": "pt"})
     outputs = [Output(str(model), tmp_path / "a.jsonl", "base"), Output(str(broken), tmp_path / "b.jsonl")]
-    with pytest.raises(RunFailed, match=f"generation failed: .*{broken}: its weights have other shapes"):
+    with pytest.raises(RunFailed, match=f"generation failed: .*{broken}: its weights have different shapes"):
         batch_inference.generate(config(), prompts, outputs, progress=False)
     assert [row["predict"] for row in read_jsonl(outputs[0].path)] == as_text(model, alone(model, prompts))
     assert not outputs[1].path.exists()
@@ -363,7 +363,9 @@ def test_a_model_that_does_not_load_fails_in_one_line(model, prompts, tmp_path):
     with pytest.raises(RunFailed, match="generation failed: ") as failed:
         generate(config(), model=str(broken), prompts=prompts, output=tmp_path / "out.jsonl", progress=False)
     assert "\n" not in str(failed.value)
-    assert f"{broken}: its weights have other shapes than its config.json says; copy it again" in str(failed.value)
+    assert f"{broken}: its weights have different shapes from those in its config.json; copy it again" in str(
+        failed.value
+    )
     weights.write_bytes(b"no weights")
     with pytest.raises(RequestError, match=r"broken: model\.safetensors is damaged \(.*; copy it again"):
         generate(config(), model=str(broken), prompts=prompts, output=tmp_path / "out.jsonl", progress=False)

@@ -101,4 +101,4 @@ def test_a_run_that_is_trained_does_without_the_images_of_its_training(folder, c
     for verb in ("evaluate", "generate", "run"):
         assert main([verb, config, *settings]) == 0, verb
     assert main(["train", config, *settings, "run.name=next"]) == 2
-    assert f"{folder}/spare.png: is not there any more; restore it" in capsys.readouterr().err
+    assert f"{folder}/spare.png: no longer exists; restore it" in capsys.readouterr().err

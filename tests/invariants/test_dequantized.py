@@ -177,7 +177,9 @@ def test_a_copy_that_has_no_room_is_refused(quantized, tmp_path, monkeypatch):
     _, folder, _ = quantized
     free = SimpleNamespace(free=1000)
     monkeypatch.setattr("raysft.models.dequantized.shutil.disk_usage", lambda place: free)
-    with pytest.raises(RequestError, match=r"its weights take 0.0 GiB in 16 bits, but .* free; make room") as caught:
+    with pytest.raises(
+        RequestError, match=r"its weights take 0.0 GiB in 16 bits, but .* free; free some space"
+    ) as caught:
         exact_copy(StoragePath.of(tmp_path), str(folder / "quantized"), print)
     assert "\n" not in str(caught.value)
     assert not list((tmp_path / "models").glob("*dequantized-*/*"))

@@ -94,7 +94,10 @@ def test_without_adapters_the_model_stays_as_it_is(tmp_path, model):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"finetuning": "oft"}, "is lora and model.finetuning=oft is to go on with it; set model.finetuning=lora"),
+        (
+            {"finetuning": "oft"},
+            "is lora and model.finetuning=oft would continue training it; set model.finetuning=lora",
+        ),
         ({"adapters": ["nothing"]}, "model.adapters: nothing has no adapter_config.json"),
     ],
 )
@@ -154,12 +157,12 @@ def test_a_checkpoint_of_8_bits_is_refused_where_its_weights_would_be_partitione
     ("method", "finetuning", "message"),
     [
         ("gptq", "full", "is quantized (gptq), which freezes its weights, but model.finetuning=full; set model.finetuning"),
-        ("awq", "lora", "is quantized by awq, which needs the package gptqmodel; pip install gptqmodel on every node"),
+        ("awq", "lora", "is quantized with awq, which needs the package gptqmodel; pip install gptqmodel on every node"),
         ("gptq", "lora", "needs the packages optimum and gptqmodel; pip install optimum gptqmodel on every node"),
         ("quanto", "lora", "needs the package optimum-quanto; pip install optimum-quanto on every node"),
         ("fbgemm_fp8", "lora", "needs the package fbgemm-gpu; pip install fbgemm-gpu on every node"),
-        ("made-up", "lora", "is quantized by made-up, which this version of transformers does not know; use the model"),
-        (None, "lora", "is quantized by a method without a name, which this version of transformers does not know"),
+        ("made-up", "lora", "is quantized with made-up, which this version of transformers does not support; use the model"),
+        (None, "lora", "is quantized with an unnamed method, which this version of transformers does not support"),
     ],
 )  # fmt: skip
 def test_a_quantized_checkpoint_needs_adapters_and_its_library(tmp_path, model, method, finetuning, message, part):
@@ -221,8 +224,8 @@ def test_adapters_of_one_form_and_other_weights_are_merged_apart(tmp_path, model
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lora": {"rank": 64}}, "has rank 8, which stays as it is, and model.lora.rank=64"),
-        ({"lora": {"dora": True}}, "has dora False, which stays as it is"),
+        ({"lora": {"rank": 64}}, "has rank 8, which cannot change, but model.lora.rank=64"),
+        ({"lora": {"dora": True}}, "has dora False, which cannot change"),
     ],
 )
 def test_an_adapter_that_is_gone_on_with_keeps_its_form(tmp_path, model, adapters, settings, message):

@@ -206,7 +206,7 @@ def test_a_record_that_the_template_refuses_is_rejected_with_the_templates_messa
     without = [{key: value for key, value in turn.items() if key != "tool_call_id"} for turn in CALLING]
     item = tokenized(tokenizer, {"messages": without})
     assert isinstance(item, Rejected)
-    assert item.reason.endswith("refuses the conversation (ids have 9 letters)")
+    assert item.reason.endswith("rejects the conversation (ids have 9 letters)")
 
 
 BRACKETS = (

@@ -139,8 +139,8 @@ def test_rows_longer_than_a_table_of_positions_are_refused(model, tmp_path):
 
 def test_a_model_that_is_not_whole_is_refused(model, tmp_path):
     (tmp_path / "config.json").write_text((model / "config.json").read_text())
-    assert "holds no weights" in refusal(config(), tmp_path)
-    with pytest.raises(RequestError, match="holds no weights"):
+    assert "contains no weights" in refusal(config(), tmp_path)
+    with pytest.raises(RequestError, match="contains no weights"):
         merge(tmp_path, tmp_path / "out")
     (tmp_path / "config.json").write_text("{")
     assert "its config.json cannot be used" in refusal(config(), tmp_path)

@@ -63,24 +63,24 @@ def test_what_does_not_answer_like_a_cluster_is_given_up_in_time(monkeypatch, se
     [
         (
             "nonsense",
-            "not the address of a Ray cluster (Invalid address format: nonsense)",
+            "not a valid Ray cluster address (Invalid address format: nonsense)",
             "set HOST:PORT of its head",
         ),
-        ("127.0.0.1:abc", "not the address of a Ray cluster (Malformed address port abc", "set HOST:PORT of its head"),
+        ("127.0.0.1:abc", "not a valid Ray cluster address (Malformed address port abc", "set HOST:PORT of its head"),
         (
             "127.0.0.1:99999",
-            "not the address of a Ray cluster (Invalid address port 99999",
+            "not a valid Ray cluster address (Invalid address port 99999",
             "set HOST:PORT of its head",
         ),
-        ("127.0.0.1:1", "not the address of a Ray cluster (Invalid address port 1.", "set HOST:PORT of its head"),
+        ("127.0.0.1:1", "not a valid Ray cluster address (Invalid address port 1.", "set HOST:PORT of its head"),
         (
             "ray://127.0.0.1:10001",
-            "a run cannot use the address of a Ray Client or a dashboard",
+            "raysft cannot join a cluster through a Ray Client or dashboard address",
             "ray job submit --address",
         ),
         (
             "http://127.0.0.1:8265",
-            "a run cannot use the address of a Ray Client or a dashboard",
+            "raysft cannot join a cluster through a Ray Client or dashboard address",
             "ray job submit --address",
         ),
     ],

@@ -431,7 +431,7 @@ def test_a_disk_without_room_is_refused(tmp_path):
     config = config_of(tmp_path)
     check_room(config, Storage(10 * GIB, GIB, 3, 11 * GIB))
     message = refusal(lambda: check_room(config, Storage(10 * GIB, GIB, 3, 8 * GIB)))
-    assert holds(message, _parts("run.storage", "8.0 GiB free", "11.0 GiB", "make room"))
+    assert holds(message, _parts("run.storage", "8.0 GiB free", "11.0 GiB", "free some space"))
 
 
 def test_a_storage_that_another_node_does_not_see_is_refused(tmp_path, monkeypatch):

@@ -355,7 +355,7 @@ def test_a_model_is_copied_or_written_in_another_type_with_all_that_it_has(model
     said = refused(capsys, str(base), "--output", str(tmp_path / "out"), "--dtype", "float16")
     assert holds(
         said,
-        "raysft: error: --dtype float16: model.norm.weight holds -70000, but float16 ends at 65,504; use --dtype bfloat16",
+        "raysft: error: --dtype float16: model.norm.weight holds -70000, but the largest float16 is 65,504; use --dtype bfloat16",
     )
     assert not (tmp_path / "out").exists()
 

@@ -113,7 +113,7 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit_and_stays_the_one_that_was_fou
 
 def test_a_revision_is_of_the_hub_alone(model):
     told = refusal(find, str(model), revision="v1")
-    assert f"model.revision=v1 names a revision on the hub, but model.path={model} is no id of the hub" in told
+    assert f"model.revision=v1 names a Hub revision, but model.path={model} is not a Hub id" in told
 
 
 def test_a_run_goes_on_with_the_commit_that_it_began_with(there, repository, model, tmp_path):

@@ -342,7 +342,7 @@ def test_marks_without_images_are_counted_or_rejected_with_the_remedy(folders):
 
 def test_images_of_a_model_without_a_processor_are_refused(tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(RequestError, match=r"f:1: has images, but the model has no processor .*; use"):
+    with pytest.raises(RequestError, match=r"f:1: has images, but the model has no image processor .*; use"):
         list(example_tokenizer(str(tmp_path))([example(CHATS["alone"])]))
 
 
@@ -361,7 +361,7 @@ def test_a_size_that_the_processor_refuses_is_rejected_with_its_file(folders):
     )
     (rejected,) = found
     assert isinstance(rejected, Rejected)
-    assert rejected.reason.startswith("6000x20.png: the processor refuses an image of 6000 × 20 pixels")
+    assert rejected.reason.startswith("6000x20.png: the processor rejects an image of 6000 × 20 pixels")
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *TILED])
@@ -379,7 +379,7 @@ def test_a_cut_leaves_no_image_alone_that_has_the_tokens_of_one_beside_others(fo
     options: dict[str, Any] = {"on_overflow": on_overflow, "sequence_length": second.start + 1}
     (dropped,) = example_tokenizer(str(folders["llava-onevision"]), **options)([example(chat)])
     assert isinstance(dropped, Overflow)
-    assert dropped.rejected.reason.endswith("an image that is left alone by a cut would have other tokens")
+    assert dropped.rejected.reason.endswith("truncation would separate images, which changes their tokens")
     pieces = tokenize(folders["llava"], example(chat), **options)
     assert {len(piece.media) for piece in pieces} == {1}
     with_both = {"on_overflow": "truncate", "sequence_length": len(whole.input_ids) - 2}
@@ -393,7 +393,7 @@ def test_a_processor_that_does_more_than_to_put_texts_in_place_of_images_is_refu
     images.image_seq_length = 4
     made = hf.PaliGemmaProcessor(images, tiny_tokenizer(), chat_template=TEMPLATE % "<image>")
     made.save_pretrained(tmp_path)
-    with pytest.raises(RequestError, match="PaliGemmaProcessor makes other tokens of conversations with images"):
+    with pytest.raises(RequestError, match="PaliGemmaProcessor tokenizes conversations with images differently"):
         list(example_tokenizer(str(tmp_path))([example(CHATS["alone"])]))
 
 
@@ -401,7 +401,7 @@ def test_a_processor_that_does_not_say_which_tokens_an_image_has_is_refused_and_
     made = hf.Idefics2Processor(hf.Idefics2ImageProcessorPil(), tiny_tokenizer(), chat_template=TEMPLATE % "<image>")
     made.save_pretrained(tmp_path)
     with pytest.raises(
-        RequestError, match=r"^model: Idefics2Processor does not say which tokens .*; .*data of text alone$"
+        RequestError, match=r"^model: Idefics2Processor does not define which tokens .*; .*text-only data$"
     ):
         list(example_tokenizer(str(tmp_path))([example(CHATS["alone"])]))
 
@@ -565,7 +565,7 @@ def test_a_processor_that_does_more_than_replace_tokens_is_refused(folders, monk
     kind = type(load_processor(folders["llava"]))
     plain = kind.__call__
     monkeypatch.setattr(kind, "__call__", call)
-    with pytest.raises(RequestError, match="model: LlavaProcessor makes other tokens of conversations with images"):
+    with pytest.raises(RequestError, match="model: LlavaProcessor tokenizes conversations with images differently"):
         tokenize(folders["llava"], example(CHATS["two"]))
 
 

@@ -101,7 +101,7 @@ def test_files_that_nobody_loads_do_not_count(model, tmp_path):
     (folder / "model.safetensors").unlink()
     assert "model-1-of-2.safetensors is missing" in refusal(lambda: check_weights(folder, "m"))
     (folder / "model.safetensors.index.json").unlink()
-    assert "holds no weights" in refusal(lambda: check_weights(folder, "m"))
+    assert "contains no weights" in refusal(lambda: check_weights(folder, "m"))
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
@@ -163,10 +163,10 @@ def test_no_way_in_which_a_model_is_loaded_draws_weights_at_random(model, tmp_pa
     ):
         (folder / "config.json").write_text(json.dumps({**described, "num_hidden_layers": 3}))
         told = refusal(load_it)
-        assert told.startswith(f"{folder}: lacks 9 of the model's weights (model.layers.2.")
+        assert told.startswith(f"{folder}: is missing 9 of the model's weights (model.layers.2.")
         assert told.endswith("copy it again")
         (folder / "config.json").write_text(json.dumps({**described, "intermediate_size": 8}))
-        assert f"{folder}: its weights have other shapes than its config.json says" in refusal(load_it)
+        assert f"{folder}: its weights have different shapes from those in its config.json" in refusal(load_it)
 
 
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
@@ -176,7 +176,7 @@ def test_nor_where_they_are_quantized_on_the_way(model, tmp_path, bits):
     (folder / "config.json").write_text(json.dumps({**described, "num_hidden_layers": 3}))
     config = with_overrides(CONFIG, {"model.finetuning": "lora", "model.quantization": bits})
     for load_it in (lambda: load_model(config, str(folder)), lambda: create_engine(config, str(folder))):
-        assert f"{folder}: lacks 9 of the model's weights" in refusal(load_it)
+        assert f"{folder}: is missing 9 of the model's weights" in refusal(load_it)
 
 
 def test_nor_an_adapter_without_some_of_its_weights(model, adapter, tmp_path):
@@ -191,7 +191,7 @@ def test_nor_an_adapter_without_some_of_its_weights(model, adapter, tmp_path):
         lambda: merge_adapters(str(model), [folder], tmp_path / "out"),
     ):
         told = refusal(load_it)
-        assert told.startswith(f"{folder}: lacks some of the adapter's weights (")
+        assert told.startswith(f"{folder}: is missing some of the adapter's weights (")
         assert "layers.1" in told
 
 

@@ -170,7 +170,7 @@ def test_limits_decide_the_size(tmp_path, options):
         ("pipe", "pipe: is a device or a pipe"),
         ("/proc/self/mem", "/proc/self/mem: is empty"),
         ("huge.png", "huge.png: has more than 1,024 MiB"),
-        ("text.png", "text.png: is no image"),
+        ("text.png", "text.png: is not an image"),
         ("empty.png", "empty.png: is empty"),
         ("x" * 300, "cannot be read"),
         ("ftp://x.org/a.png", "ftp:// is not supported"),
@@ -178,11 +178,11 @@ def test_limits_decide_the_size(tmp_path, options):
         ("https://x.org/a\n.png", "is not among data.media_hosts"),
         ("http://x.org/a.png", "x.org is not among data.media_hosts"),
         ("https://x.org:99/a.png", "x.org:99 is not among data.media_hosts"),
-        ("https:///a.png", "is no URL"),
-        ("https://[/a.png", "is no URL"),
+        ("https:///a.png", "is not an http or https URL"),
+        ("https://[/a.png", "is not a valid URL"),
         ("s3://b/a.png?endpoint_override=10.0.0.1", "data.media_dir"),
         ("s3://key:hidden@b/a.png", "data.media_dir"),
-        ({"bytes": b"hello"}, "image of 5 bytes in the record: is no image"),
+        ({"bytes": b"hello"}, "image of 5 bytes in the record: is not an image"),
     ],
 )
 def test_what_cannot_be_opened_is_rejected_with_file_and_reason(tmp_path, options, name, words):
@@ -296,7 +296,8 @@ def test_redirects_do_not_leave_the_allowed_hosts(tmp_path, options):
             with web(http(b"", "302 Found", f"Location: {target}")) as (host, _):
                 found = reason(example(f"http://{host}/a.png"), replace(options, hosts=(host,)), tmp_path)
                 assert any(
-                    words in found for words in ("not among data.media_hosts", "is no URL of http", "status 302")
+                    words in found
+                    for words in ("not among data.media_hosts", "is not an http or https URL", "status 302")
                 )
         assert asked_secret == []
         with web(http(b"", "302 Found", f"Location: http://{secret}/x")) as (host, _):
@@ -323,7 +324,7 @@ def test_a_host_that_is_down_stops_the_run_as_records_would_be_missing_for_good(
 
 
 def test_what_is_not_there_or_no_image_or_too_large_is_rejected(tmp_path, options, monkeypatch):
-    for answer, words in ((http(b"", "404 Not Found"), "404"), (http(b"<html>"), "a page of the web")):
+    for answer, words in ((http(b"", "404 Not Found"), "404"), (http(b"<html>"), "a web page")):
         with web(answer) as (host, asked):
             found = reason(example(f"http://{host}/a.png"), replace(options, hosts=(host,)), tmp_path)
             assert words in found
@@ -344,7 +345,7 @@ def test_a_host_that_sends_a_byte_at_a_time_is_left(tmp_path, options, monkeypat
             time.sleep(0.05)
 
     started = time.monotonic()
-    with serving(drip) as port, pytest.raises(RequestError, match="no whole answer"):
+    with serving(drip) as port, pytest.raises(RequestError, match="no complete response"):
         opened(example(f"http://localhost:{port}/a"), replace(options, hosts=(f"localhost:{port}",)), tmp_path)
     assert time.monotonic() - started < 10
 
@@ -482,10 +483,10 @@ def test_records_whose_images_are_mended_are_tokenized_anew(tmp_path, sighted):
 
     old = manifest()
     assert [manifest().reused, manifest().key, len(old), len(old.rejected)] == [True, old.key, 1, 2]
-    assert "anew" not in "".join(told)
+    assert "tokenized again" not in "".join(told)
     (tmp_path / "none.png").write_bytes(picture(1))
     added = manifest()
-    lines = [line for line in told if "anew" in line]
+    lines = [line for line in told if "tokenized again" in line]
     assert [line.split(" since")[0] for line in lines] == [f"source 'a': {tmp_path}/none.png was added or changed"]
     assert (added.reused, len(added), len(added.rejected)) == (False, 2, 1)
     (tmp_path / "broken.png").write_bytes(picture(2))
@@ -593,7 +594,7 @@ def test_an_image_that_changed_is_found_before_the_run_begins(tmp_path, sighted,
     for number in (3, 1):
         place = tmp_path / f"{number}.png"
         place.unlink() if change == "missing" else place.write_bytes(picture(0, (30, 30)))
-    reason = "is not there any more" if change == "missing" else "has changed since it was tokenized"
+    reason = "no longer exists" if change == "missing" else "has changed since it was tokenized"
     named = rf"^a: \S*a\.jsonl:2: {tmp_path}/1\.png: {reason} \(and 1 more of 5 images\); restore it, or set another data\.cache"
     with pytest.raises(RequestError, match=named):
         prepare(config, str(sighted))
@@ -603,7 +604,7 @@ def test_an_image_that_changed_is_found_before_the_run_begins(tmp_path, sighted,
     prepare(config, str(sighted))
     (kept,) = [path for path in (tmp_path / "cache" / "media").rglob("*") if path.is_file()]
     kept.unlink()
-    with pytest.raises(RequestError, match=rf"^b: \S*b\.jsonl:1: {kept}: is not there any more; restore it"):
+    with pytest.raises(RequestError, match=rf"^b: \S*b\.jsonl:1: {kept}: no longer exists; restore it"):
         prepare(config, str(sighted))
 
 
@@ -632,5 +633,5 @@ def test_of_very_many_images_and_of_those_in_an_object_store_some_are_looked_at(
 
 def test_a_model_for_text_alone_says_so_before_an_image_is_looked_for(tmp_path, model):
     write_records(tmp_path / "a.jsonl", [asked("none.png")])
-    with pytest.raises(RequestError, match="has no processor for images"):
+    with pytest.raises(RequestError, match="has no image processor"):
         written(shard_set(tmp_path, model), str(model))

@@ -321,7 +321,7 @@ def test_marks_and_images_must_agree_in_number():
     assert "1 and the images column 2" in reason({**record, "images": ["1", "2"]})
     named = reason({**record, "instruction": "<image><image>", "images": ["1"]})
     assert "2 and the images column 1" in named
-    assert "give all as parts of contents, beside which <image> is a word" in named
+    assert "give all images as content parts, in which case <image> is treated as plain text" in named
     assert turns(openai({"image": "1"}, {"text": "<image>"}))[0] == ("user", "◆<image>", ["1"])
     assert "0 and the images column 1" in reason({**record, "instruction": "q", "images": "1"})
     assert "columns: {images: null}" in reason({**record, "instruction": "q", "images": "1"})

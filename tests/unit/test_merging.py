@@ -162,10 +162,10 @@ def test_a_quantized_base_stays_as_it_is(tmp_path, method):
     described["quantization_config"] = {"quant_method": method, "bits": 4, "load_in_4bit": True}
     (base / "config.json").write_text(json.dumps(described))
     said = refusal(lambda: merge(base, tmp_path / "out", dtype="float32"))
-    assert f"is quantized ({method}), so its weights have no such type; remove it" in said
+    assert f"is quantized ({method}), so its weights cannot be converted to this type; remove it" in said
     said = refusal(lambda: merge(base, tmp_path / "out", adapters=[adapter]))
     assert (
-        f"is quantized ({method}), so no adapter can be merged into it; keep the adapter as it is (--no-merge)" in said
+        f"is quantized ({method}), so no adapter can be merged into it; keep the adapter unmerged (--no-merge)" in said
     )
     merge(base, tmp_path / "copied")
     assert (tmp_path / "copied" / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
@@ -276,7 +276,10 @@ def test_the_base_gets_as_many_embeddings_as_its_adapter_has(tmp_path, tied, set
         if rows == 403 and not tied and "embed_tokens" in settings["target_modules"]:
             # peft has saved the new rows of the embedding alone
             said = refusal(lambda adapter=adapter, output=output: merge(base, output, adapters=[adapter]))
-            assert "has 403 tokens and its base 400, but it holds no lm_head for the new ones; save it again" in said
+            assert (
+                "has 403 tokens and its base 400, but the adapter has no lm_head for the new ones; save it again"
+                in said
+            )
             continue
         merge(base, output, dtype="float32", adapters=[adapter])
         torch.testing.assert_close(known_logits(loaded(output, "float32")), wanted, rtol=1e-4, atol=1e-4)
@@ -318,7 +321,7 @@ def test_of_two_adapters_both_keep_the_tokens_that_they_were_trained_with(tmp_pa
     assert loaded(tmp_path / "both", "float32").config.vocab_size == 405
     resized_adapter(tmp_path / "other", base, 403, ["<x>", "<b>", "<c>"], target_modules=["q_proj"])
     said = refusal(lambda: merge(base, tmp_path / "none", adapters=[three, tmp_path / "other"]))
-    assert f"{three}: its token '<a>' has another id than in {tmp_path / 'other'}, or none" in said
+    assert f"{three}: its token '<a>' has a different id from that in {tmp_path / 'other'}, or none" in said
     resized_adapter(tmp_path / "own", base, 400, [], target_modules=["q_proj"], modules_to_save=["embed_tokens"])
     said = refusal(lambda: merge(base, tmp_path / "none", adapters=[three, tmp_path / "own"]))
-    assert "own: holds embeddings of 400 tokens, but an adapter before it those of 403" in said
+    assert "own: has embeddings for 400 tokens, but an earlier adapter has them for 403" in said

@@ -273,8 +273,8 @@ def test_a_registry_names_subsets_splits_and_folders(there, tmp_path, monkeypatc
     assert resolved(tmp_path, ms_hub_url="some/set", folder="en").path == f"{root}/en"
     assert resolved(tmp_path, ms_hub_url="some/plain").path == ["ms://datasets/some/plain/data.jsonl"]
     told = refusal(resolved, tmp_path, ms_hub_url="some/set", subset="de")
-    assert "no data file of ms://datasets/some/set is named for subset 'de'; set folder" in told
-    assert "named for split 'dev'" in refusal(resolved, tmp_path, ms_hub_url="some/plain", split="dev")
+    assert "no data file in ms://datasets/some/set has a name that matches subset 'de'; set folder" in told
+    assert "has a name that matches split 'dev'" in refusal(resolved, tmp_path, ms_hub_url="some/plain", split="dev")
     both = {"hf_hub_url": "some/set", "ms_hub_url": "some/set", "folder": "en"}
     assert resolved(tmp_path, **both).path == "hf://datasets/some/set/en"
     monkeypatch.setenv("USE_MODELSCOPE_HUB", "1")

@@ -93,7 +93,9 @@ def test_a_step_that_takes_longer_than_a_machines_notice_is_warned_of_at_a_given
     assert not any("notice" in warning for warning in quick.warnings)
     seconds = 40 * quick.steps
     slow = check(config_of(folder, scaling__worker_tokens_per_second=quick.tokens / seconds))
-    assert any(warning.startswith("a step takes about 40 s, but a machine may go") for warning in slow.warnings)
+    assert any(
+        warning.startswith("a step takes about 40 s, but a machine may be taken away") for warning in slow.warnings
+    )
 
 
 def test_what_surely_does_not_fit_is_refused_in_one_line(folder, monkeypatch):
@@ -130,7 +132,7 @@ def test_a_model_that_cannot_be_made_without_weights_is_not_estimated(folder, mo
 def test_a_full_disk_is_refused(folder, monkeypatch):
     give(monkeypatch, total=64 << 30)
     monkeypatch.setattr("raysft.estimate.storage._free", lambda config: 1e5)
-    assert holds(refusal(check, config_of(folder)), "run.storage: … has 0.1 MiB free … make room")
+    assert holds(refusal(check, config_of(folder)), "run.storage: … has 0.1 MiB free … free some space")
 
 
 @pytest.mark.parametrize("table", [True, False])
@@ -140,7 +142,7 @@ def test_room_for_the_model_is_asked_for_with_and_without_an_estimate(folder, mo
     # The model has 99,648 weights of four bytes; half of them is what it takes at least.
     monkeypatch.setattr("raysft.estimate.storage._free", lambda config: 150_000.0)
     assert holds(
-        refusal(check, config_of(folder)), "run.storage: … has 0.1 MiB free, but the trained model … make room"
+        refusal(check, config_of(folder)), "run.storage: … has 0.1 MiB free, but the trained model … free some space"
     )
     monkeypatch.setattr("raysft.estimate.storage._free", lambda config: 250_000.0)
     if not table:

@@ -229,7 +229,7 @@ def test_the_run_starts_from_the_expanded_model_and_makes_it_once(tmp_path):
     config = make_config(tmp_path, path)
     files = check_model_files(config, told.append)
     assert files.hf_config.num_hidden_layers == 4
-    assert [line for line in told if "gets 2 new layers" in line]
+    assert [line for line in told if "adding 2 layers" in line]
     told.clear()
     assert check_model_files(config, told.append).model == files.model
     assert not [line for line in told if "new layers" in line]
@@ -261,7 +261,7 @@ def test_adapters_on_new_layers_that_begin_with_norms_of_zeros_are_refused(tmp_p
     told = refusal(check_model_files, make_config(tmp_path, path, finetuning=finetuning), lambda line: None)
     assert holds(
         told,
-        f"model.finetuning={finetuning} … norms of zeros … freeze or full … model.{finetuning}.extra_modules",
+        f"model.finetuning={finetuning} … zeroed norms … freeze or full … model.{finetuning}.extra_modules",
     )
     section: dict[str, Any] = {finetuning: {"extra_modules": NORMS}}
     check_model_files(make_config(tmp_path, path, 2, finetuning=finetuning, **section), lambda line: None)

@@ -249,7 +249,7 @@ def test_what_new_tokens_cannot_be_combined_with(tied, tmp_path):
     get_peft_model(AutoModelForCausalLM.from_pretrained(tied), LoraConfig(target_modules=["q_proj"])).save_pretrained(
         adapter
     )
-    with pytest.raises(RequestError, match=r"trains none; set model\.new_adapter=true"):
+    with pytest.raises(RequestError, match=r"does not train them; set model\.new_adapter=true"):
         extended(tmp_path, tied, **{"model.adapters": [str(adapter)]})
     folder, _ = extended(tmp_path, tied, **{"model.adapters": [str(adapter)], "model.new_adapter": True})
     assert len(AutoTokenizer.from_pretrained(folder)) == len(AutoTokenizer.from_pretrained(tied)) + 4

@@ -109,7 +109,7 @@ def test_outputs_become_complete_in_any_order(models, prompts, tmp_path, monkeyp
     told = capfd.readouterr().err.splitlines()
     assert [line.partition(" |")[0] for line in told[:2]] == ["generate first", "generate second"]
     assert all("| 4/4 prompts |" in line for line in told[:2])
-    assert told[2].startswith("second: 4 of 4 prompts lost their beginning")
+    assert told[2].startswith("second: 4 of 4 prompts were truncated at the beginning")
     times = {row.model: row.value for row in rows if row.metric == "runtime"}
     assert 0 < times["trained"] < times["base"], "the second was complete earlier, and began later"
 

@@ -121,7 +121,7 @@ def test_an_image_that_cannot_be_used_is_named_with_its_records(tmp_path):
     changed = RowMedium("image", "c.png", "", 28, 28, 4, 8, fault="d: f:3: c.png: has changed")
     make = ImageInputs(tiny_processor("llava"), _Model())
     for media, message in (
-        ((whole, broken), r"b.png: is broken .*; row 5 holds d: f:2"),
+        ((whole, broken), r"b.png: is corrupt .*; row 5 holds d: f:2"),
         ((changed,), "d: f:3: c.png: has changed"),
     ):
         rows = batch([5])

@@ -58,7 +58,9 @@ def test_another_vocabulary_is_refused(folder, tmp_path):
     tokenizer.save_pretrained(tmp_path / "fewer")
     said = refusal(found, folder, str(tmp_path / "fewer"))
     assert holds(
-        said, f"train.reference_model={tmp_path}/fewer: has another vocabulary … is no token, but token … same tokens"
+        said,
+        f"train.reference_model={tmp_path}/fewer: has a different vocabulary … is no token, but in the trained model it is token … "
+        "same tokens",
     )
 
 
@@ -66,7 +68,8 @@ def test_another_number_of_embeddings_is_refused(folder):
     said = refusal(found, folder, str(folder / "other"), 448)
     assert holds(
         said,
-        f"train.reference_model={folder}/other: has embeddings for 400 tokens, but model.path={folder}/model for 448 … remove",
+        f"train.reference_model={folder}/other: has embeddings for 400 tokens, but model.path={folder}/model has them for "
+        "448 … remove",
     )
 
 

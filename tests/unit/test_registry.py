@@ -254,8 +254,8 @@ FILE = {"file_name": "p.json"}
         ({"script_url": "s", "ms_hub_url": "x/y"}, "has script_url and ms_hub_url; remove one of them"),
         ({"file_name": "s3://b/a.json"}, "file_name must be a path, but is 's3://b/a.json'; set cloud_file_name, "),
         ({"cloud_file_name": "a.json"}, "cloud_file_name must begin with one of s3://, gs://, "),
-        ({"cloud_file_name": "http://x/a.json"}, "but is 'http://x/a.json'; set file_name for a file of this machine"),
-        ({"hf_hub_url": "/data/set"}, "hf_hub_url must be OWNER/NAME, but is '/data/set'; set file_name for files of"),
+        ({"cloud_file_name": "http://x/a.json"}, "but is 'http://x/a.json'; use file_name for files on this machine"),
+        ({"hf_hub_url": "/data/set"}, "hf_hub_url must be OWNER/NAME, but is '/data/set'; use file_name for files on"),
         ({"hf_hub_url": "x/y@main"}, "hf_hub_url must be OWNER/NAME, but is 'x/y@main'"),
         ({"hf_hub_url": "x/y", "subset": "*"}, "subset must be a name in the dataset, but is '*'; correct the entry"),
         ({"hf_hub_url": "x/y", "subset": "a/b"}, "subset must be a name in the dataset, but is 'a/b'"),
@@ -278,19 +278,19 @@ FILE = {"file_name": "p.json"}
         ({**FILE, "columns": {"messages": "m"}}, "has columns.messages, which formatting alpaca does not use; set"),
         ({**FILE, "tags": {"user_tag": "u"}}, "has tags, which formatting alpaca does not use; set formatting to"),
         ({**FILE, "formatting": "openai", "columns": {"prompt": "q"}}, "has columns.prompt, which formatting openai"),
-        ({**FILE, "subset": "en"}, "has subset='en', but is a file; remove subset"),
-        ({**FILE, "folder": "en"}, "has folder='en', but is a file; remove folder"),
-        ({**FILE, "split": "test"}, "has split='test', but is a file; remove split"),
+        ({**FILE, "subset": "en"}, "has subset='en', but names a single file; remove subset"),
+        ({**FILE, "folder": "en"}, "has folder='en', but names a single file; remove folder"),
+        ({**FILE, "split": "test"}, "has split='test', but names a single file; remove split"),
         (
             {**FILE, "split": "train[:10]+test"},
-            "has split='train[:10]+test', but a source is one split or a slice of it",
+            "has split='train[:10]+test', but a source must be one split or a slice of one",
         ),
         ({**FILE, "split": "train[10]"}, "split='train[10]': must be a slice of records, such as :1000, 10%:20%"),
         (
             {**FILE, "split": "train[:101%]"},
             "split='train[:101%]': percentages must be between -100% and 100%; correct",
         ),
-        ({**FILE, "split": "test[:10]"}, "has split='test', but is a file; remove split"),
+        ({**FILE, "split": "test[:10]"}, "has split='test', but names a single file; remove split"),
         ({"hf_hub_url": "x/y", "folder": "f", "split": "train"}, "has both folder and split"),
         ({**FILE, "num_samples": 0}, "num_samples=0: must be greater than 0; correct the entry"),
         ("p.json", "must be a mapping, but is 'p.json'; write it as"),
@@ -352,7 +352,7 @@ def test_a_registry_elsewhere_is_refused():
     data = {"train": [{"name": "x"}], "registry": "s3://bucket/data"}
     config = parse({"model": {"path": "m"}, "data": data})
     with pytest.raises(
-        RequestError, match=r"^data\.registry=s3://bucket/data must be a file or folder of this machine; copy"
+        RequestError, match=r"^data\.registry=s3://bucket/data must be a file or folder on this machine; copy"
     ):
         resolve_source(config, config.data.train[0])
 

@@ -71,7 +71,7 @@ def test_code_that_is_not_needed_is_left_alone_and_that_is_said(tmp_path, ran):
     folder, lines = with_code(tiny_model(tmp_path / "m"), ran, model_type="llama"), list[str]()
     check_model(config(folder), str(folder), lines.append)
     assert lines == [
-        "model: its own code is not run, because transformers has classes for it (model.trust_remote_code runs it)"
+        "model: not running its own code, because transformers has classes for it (to run it, use model.trust_remote_code)"
     ]
     assert not ran.exists()
 

@@ -487,7 +487,7 @@ def test_a_column_that_no_record_has_is_refused(tmp_path, model, holdout):
         splits = ("train", "holdout") if holdout else ("all",)
         return [the_set(changed, model, split=split) for split in splits]
 
-    assert "'a': no record has the column 'persone', which system is to be read from; correct the name in" in refusal(
+    assert "'a': no record has the column 'persone' that system is mapped to; correct the name in" in refusal(
         sets("persone"), model
     )
     assert sum(len(manifest) for manifest in build_shards(sets("persona"), model, 0.0)) == 21

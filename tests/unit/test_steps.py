@@ -119,7 +119,7 @@ def test_steps_that_no_plan_can_hold_are_refused(monkeypatch):
     with pytest.raises(RequestError) as caught:
         plan(100, max_steps=275, **ENDLESS)
     assert str(caught.value) == (
-        "train.max_steps=275 asks for 1,100 examples, but a plan holds at most 1,000; lower it"
+        "train.max_steps=275 needs 1,100 examples, but a row plan holds at most 1,000; lower it"
     )
 
 

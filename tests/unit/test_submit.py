@@ -492,7 +492,7 @@ def test_ray_auth_mode_sends_the_token_at_once_or_never(run, monkeypatch):
             "--to URL: the cluster requires an access token, but there is none; set RAY_AUTH_TOKEN … ~/.ray/auth_token",
         ),
         ({"RAY_AUTH_TOKEN": "wrong"}, "--to URL: the cluster refuses the access token of RAY_AUTH_TOKEN ("),
-        ({"RAY_AUTH_MODE": "token"}, "RAY_AUTH_MODE=token, but there is no token; set RAY_AUTH_TOKEN"),
+        ({"RAY_AUTH_MODE": "token"}, "RAY_AUTH_MODE=token, but no token is set; set RAY_AUTH_TOKEN"),
         ({"RAY_AUTH_TOKEN": "sec\nret"}, "RAY_AUTH_TOKEN: is not a token"),
         ({"RAY_AUTH_TOKEN_PATH": "/none"}, "RAY_AUTH_TOKEN_PATH=/none: cannot be read (No such file or directory)"),
     ],

@@ -324,7 +324,9 @@ def test_a_record_is_rejected_where_the_place_of_a_thought_is_not_certain(encode
     ]
     rejected = encode(CALLING_CHANNELS, calling, thinking="keep")
     assert isinstance(rejected, Rejected)
-    assert rejected.reason.startswith("cannot tell where the chat template writes the thought of a turn with calls; ")
+    assert rejected.reason.startswith(
+        "cannot tell where the chat template writes the reasoning of a turn with tool calls; "
+    )
     assert not isinstance(encode(CALLING_CHANNELS, calling), Rejected)
 
 

@@ -90,7 +90,7 @@ def test_every_form_of_a_call_becomes_the_same(record, form):
         ({"role": "assistant", "content": "x", "tool_calls": [{"function": {}}]}, "a function with name and arguments"),
         (
             {"role": "user", "content": [{"type": "video"}]},
-            "has a part of type 'video', but raysft trains on text and images",
+            "has a part of type 'video', but raysft only trains on text and images",
         ),
         ({"role": "assistant", "content": "x", "train": "maybe"}, "train must be true or false, but is 'maybe'"),
     ],

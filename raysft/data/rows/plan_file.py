@@ -107,4 +107,4 @@ def open_plan(path: StoragePath) -> PlannedRows:
         )
         return PlannedRows(row_plan, arrays["shard_ends"], sources)
     except (pa.ArrowException, KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise DamagedPlan(f"{path}: is no row plan: {error}") from error
+        raise DamagedPlan(f"{path}: is not a row plan: {error}") from error

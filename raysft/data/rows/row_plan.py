@@ -290,7 +290,7 @@ def _refuse_too_many(max_steps: int, planned: int) -> None:
     """Refuse ``max_steps`` if they need so many epochs, as the first ones show, that no plan can hold their examples."""
     if planned > MAX_PLANNED:
         raise RequestError(
-            f"train.max_steps={max_steps} asks for {planned:,} examples, but a plan holds at most {MAX_PLANNED:,}; lower it"
+            f"train.max_steps={max_steps} needs {planned:,} examples, but a row plan holds at most {MAX_PLANNED:,}; lower it"
         )
 
 

@@ -102,12 +102,12 @@ def _take(shards: ShardSet, locks: ExitStack, notify: Notify) -> bool:
             return True  # it is written all the same, or the storage says why not
         except OSError as error:
             raise RequestError(
-                f"data.cache: {shards.directory.parent} lacks the tokenized data and cannot be written to ({error.strerror}); "
-                "choose another folder"
+                f"data.cache: {shards.directory.parent} does not contain the tokenized data and cannot be written to "
+                f"({error.strerror}); choose another folder"
             ) from None
         except Locked as held:
             if not told:
-                notify(f"{held}; waiting for it, as it writes the same data")
+                notify(f"{held}; waiting for it, because it is writing the same data")
             told = True
             time.sleep(WAIT_SECONDS)
         else:
@@ -177,8 +177,8 @@ def _refuse_absent_columns(shard_set: ShardSet, shards: Sequence[Shard]) -> None
         optional = column and column != field and field not in required
         if optional and not any(column in shard.columns for shard in shards):
             raise RequestError(
-                f"source {source.name!r}: no record has the column {column!r}, which {field} is to be read from; correct the name "
-                "in data.train[].columns or in the registry, or remove it"
+                f"source {source.name!r}: no record has the column {column!r} that {field} is mapped to; correct the name in "
+                "data.train[].columns or in the registry, or remove it"
             )
 
 
@@ -186,8 +186,8 @@ def _tell_of_mended(sets: Sequence[ShardSet], notify: Notify) -> None:
     """Name the images because of which sources are tokenized again, to other data of theirs."""
     for name, file in {shards.source.name: shards.mended for shards in sets if shards.mended}.items():
         notify(
-            f"source {name!r}: {StoragePath(file)} was added or changed since a record was rejected because of it, so that the "
-            "source is tokenized anew; a run that began before resumes once the file is as it was"
+            f"source {name!r}: {StoragePath(file)} was added or changed since a record was rejected because of it, so the "
+            "source is tokenized again; a run that started before that can resume once the file is restored"
         )
 
 

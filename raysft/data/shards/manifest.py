@@ -228,7 +228,7 @@ def _named_errors(path: StoragePath) -> Iterator[None]:
         raise
     except (OSError, pa.ArrowException, KeyError, ValueError):
         raise RequestError(
-            f"{path}: the manifest of tokenized shards is damaged; delete {path.parent} to have it written again"
+            f"{path}: the manifest of tokenized shards is damaged; delete {path.parent} to have it rebuilt"
         ) from None
 
 
@@ -236,9 +236,7 @@ def _existing(files: ShardFiles) -> ShardFiles:
     present = files.directory.entries()
     for shard in files.shards:
         if shard not in present:
-            raise RequestError(
-                f"{files.directory}: shard {shard} is missing; delete the folder to have it written again"
-            )
+            raise RequestError(f"{files.directory}: shard {shard} is missing; delete the folder to have it rebuilt")
     return files
 
 

@@ -74,5 +74,5 @@ def _fault(image: Tokenized) -> str:
     with retry_for(0):
         found = status(image.location)
     if found is None:
-        return "is not there any more"
+        return "no longer exists"
     return "" if found[0] == image.size else "has changed since it was tokenized"

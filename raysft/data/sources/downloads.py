@@ -69,9 +69,9 @@ def refuse_host(url: str, hosts: Sequence[str]) -> None:
         parts = urlsplit(url)
         host, port = (parts.hostname or "").lower(), parts.port
     except ValueError as error:
-        raise Unreadable(f"{url}: is no URL ({one_line(error)})") from None
+        raise Unreadable(f"{url}: is not a valid URL ({one_line(error)})") from None
     if parts.scheme.lower() not in PORTS or not host:
-        raise Unreadable(f"{url}: is no URL of http or https")
+        raise Unreadable(f"{url}: is not an http or https URL")
     usual = PORTS[parts.scheme.lower()]
     named = host if port in (None, usual) else f"{host}:{port}"
     if named not in [allowed.lower() for allowed in hosts]:
@@ -79,7 +79,9 @@ def refuse_host(url: str, hosts: Sequence[str]) -> None:
             f"{url}: {named} is not among data.media_hosts; add it, or download the images and set data.media_dir"
         )
     if parts.username is not None:
-        raise Unreadable(f"{named}: a URL with a user's name is not read; download the images and set data.media_dir")
+        raise Unreadable(
+            f"{named}: URLs with credentials are not supported; download the images and set data.media_dir"
+        )
 
 
 class _Redirects(HTTPRedirectHandler):
@@ -123,7 +125,7 @@ def _within(seconds: float, function: Any) -> bytes:
     thread.start()
     thread.join(seconds)
     if not results:
-        raise TimeoutError(f"no whole answer for {seconds:.0f} s")
+        raise TimeoutError(f"no complete response within {seconds:.0f} s")
     if isinstance(results[0], BaseException):
         raise results[0]
     return results[0]

@@ -72,7 +72,7 @@ def to_example(record: Record, form: str, source: Source, location: str) -> Exam
     images = column_images(read)
     if _is_text(form, read, unanswered) and (images or has_single_image(record, source)):
         raise ValueError(
-            f"has images, but only conversations can have them, and this is format {form}; write messages, or ignore the "
+            f"has images, but only conversations can contain images, and this is format {form}; write messages, or ignore the "
             "column with columns: {images: null}"
         )
     if form == "text":

@@ -156,11 +156,11 @@ class MediaOpener:
                 )
             if scheme in SCHEMES and (options_of(named) or CREDENTIALS.match(rest)):
                 raise Unreadable(
-                    f"{_shown(named)}: options of a storage belong into data.media_dir; write the image's path"
+                    f"{_shown(named)}: storage options belong in data.media_dir; write only the image's path"
                 )
             return named
         if "\0" in named:
-            raise Unreadable(f"{named!r:.80}: is no path")
+            raise Unreadable(f"{named!r:.80}: is not a path")
         if named.startswith("/"):
             return named
         folder = self.options.folder or StoragePath.of(self.files.get(data_file, data_file)).parent

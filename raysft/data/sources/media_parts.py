@@ -89,7 +89,7 @@ def parse_parts(
             media.append(_image_part(part, f"{where}[{index}]"))
         else:
             raise ValueError(
-                f"{where} has a part of type {kind!r:.40}, but raysft trains on text and images alone; leave the record out"
+                f"{where} has a part of type {kind!r:.40}, but raysft only trains on text and images; remove the record"
             )
     return "".join(texts), media
 
@@ -103,7 +103,7 @@ def turn_images(message: Message, turn: Record, where: str) -> Message:
     if not any(map(turn.get, (*TURN_KEYS, *UNSUPPORTED_OF_TURN))):
         return message
     if other := next((key for key in UNSUPPORTED_OF_TURN if turn.get(key)), None):
-        raise ValueError(f"{where} has {other}, but raysft trains on text and images alone; leave the record out")
+        raise ValueError(f"{where} has {other}, but raysft only trains on text and images; remove the record")
     images = next((found for key in TURN_KEYS if (found := _images(turn.get(key) or None, f"{where}.{key}"))), [])
     if not images:
         return message
@@ -128,7 +128,7 @@ def column_images(read: Callable[[str], Any]) -> list[Medium]:
     for field, content in UNSUPPORTED.items():
         if not _is_empty(read(field)):
             raise ValueError(
-                f"has {content} ({field}), but raysft trains on text and images alone; leave the record out, or ignore the column "
+                f"has {content} ({field}), but raysft only trains on text and images; remove the record, or ignore the column "
                 f"with columns: {{{field}: null}}"
             )
     return _images(read("images"), "images")
@@ -143,14 +143,14 @@ def marked_image(messages: Sequence[Message], record: Record, source: Source) ->
     other = next((column for column in ("video", "audio") if record.get(column)), None)
     if other and has_stray_mark(messages):
         raise ValueError(
-            f"has marks for its column {other!r}, but raysft trains on text and images alone; leave it out"
+            f"has placeholders for its column {other!r}, but raysft only trains on text and images; remove it"
         )
     if any(_marks(message) or has_mark(message) for message in messages):
         return _images(_single(record, source), SINGULAR)
     if has_single_image(record, source) and not any(message.media for message in messages):
         raise ValueError(
-            f"has an image in its column {SINGULAR!r}, but no mark for it; write {MARK} into the text where it belongs, or ignore "
-            "the column with columns: {images: null}"
+            f"has an image in its column {SINGULAR!r}, but no placeholder for it; write {MARK} into the text where it belongs, "
+            "or ignore the column with columns: {images: null}"
         )
     return []
 
@@ -210,12 +210,12 @@ def place_images(messages: Sequence[Message], images: Sequence[Medium], owner: s
     if set(indices) != set(order):
         remedy = f"write {MARK} into the text where each one belongs"
         if len(marks) > len(images):
-            remedy = f"add those that lack, or give all as parts of contents, beside which {MARK} is a word"
+            remedy = f"add the missing ones, or give all images as content parts, in which case {MARK} is treated as plain text"
         remedy += "" if images else ", or name their column with columns: {images: COLUMN}"
         ignoring = ", or ignore the column with columns: {images: null}" if not marks else ""
         raise ValueError(
-            f"each image needs one mark, but the text has {len(marks)} and {owner or f'the images column {len(images)}'}; "
-            f"{remedy}{ignoring}"
+            f"each image needs one placeholder, but the text has {len(marks)} and "
+            f"{owner or f'the images column {len(images)}'}; {remedy}{ignoring}"
         )
     left = iter(indices)
     return tuple(
@@ -325,7 +325,7 @@ def _bytes_of(value: Any, where: str) -> bytes:
 def _data_of(url: str, where: str) -> bytes:
     header, comma, data = url.partition(",")
     if not comma:
-        raise ValueError(f"{where} is no data URL, as it has no comma: {url[:40]!r}")
+        raise ValueError(f"{where} is not a valid data URL, because it has no comma: {url[:40]!r}")
     return _base64_of(data, where) if header.lower().endswith(";base64") else unquote_to_bytes(data)
 
 

@@ -174,7 +174,7 @@ def require_text(value: Any, field: str) -> str:
         raise ValueError(f"{field} must be text, but is {value!r:.40}")
     if MEDIUM in value:
         raise ValueError(
-            f"{field} contains the private character U+{ord(MEDIUM):X}, which stands for images here; remove it"
+            f"{field} contains the private-use character U+{ord(MEDIUM):X}, which raysft uses for images; remove it"
         )
     try:
         value.encode()

@@ -38,7 +38,8 @@ def files_of_part(dataset: str, subset: str | None, split: str | None, where: st
         part = " and ".join(f"{key} {value!r}" for key, value in (("subset", subset), ("split", split)) if value)
         shown = f"{', '.join(files[:10])}{' …' if len(files) > 10 else ''}" or "none"
         raise RequestError(
-            f"{where}: no data file of {root} is named for {part or 'the split train'}; set folder to one of its files: {shown}"
+            f"{where}: no data file in {root} has a name that matches {part or 'the split train'}; set folder to one of its "
+            f"files: {shown}"
         )
     return [f"{root}/{file}" for file in chosen]
 

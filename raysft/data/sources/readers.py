@@ -64,7 +64,7 @@ def read_raw(file: DataFile) -> PositionedRecords:
         remedy = "check the storage, or write the file again" if "://" in file.uri else "write the file again"
         raise RequestError(f"{file.path}: cannot be read ({reason_of(error)}); {remedy}") from None
     if changed:
-        raise RequestError(f"{file.path}: changed while it was read; start again when nothing writes to it")
+        raise RequestError(f"{file.path}: changed while it was being read; run again when nothing is writing to it")
 
 
 def parse_record(raw: RawRecord) -> Record | Unreadable:

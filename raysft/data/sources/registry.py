@@ -76,7 +76,7 @@ def resolve_source(config: Config, source: Source) -> Source:
         return source
     if "://" in config.data.registry:
         raise RequestError(
-            f"data.registry={config.data.registry} must be a file or folder of this machine; copy it here"
+            f"data.registry={config.data.registry} must be a file or folder on this machine; copy it here"
         )
     path = Path(config.data.registry)
     path = path / "dataset_info.json" if path.is_dir() else path

@@ -37,8 +37,8 @@ def without_slice(entry: dict[str, Any], where: str) -> tuple[dict[str, Any], st
     found = re.fullmatch(r"(\w[\w.-]*)\[([^\[\]]*)\]", split)
     if not found:
         raise RequestError(
-            f"{where} has split={split!r}, but a source is one split or a slice of it; name one, such as train or train[:1000], "
-            "and give others an entry of their own"
+            f"{where} has split={split!r}, but a source must be one split or a slice of one; name one, such as train or "
+            "train[:1000], and add separate entries for others"
         )
     return {**entry, "split": found[1]}, found[2]
 
@@ -76,7 +76,8 @@ def location(entry: Mapping[str, Any], where: str, folder: Path) -> str | list[s
     for key in HUB_KEYS:
         if key in entry and (key, entry[key]) != ("split", "train"):
             raise RequestError(
-                f"{where} has {key}={entry[key]!r}, but is a file; remove {key}, and name the file of that part"
+                f"{where} has {key}={entry[key]!r}, but names a single file; remove {key}, and name the file of that part "
+                "instead"
             )
     if locations == ["cloud_file_name"]:
         return _in_cloud(entry["cloud_file_name"], where)
@@ -93,7 +94,7 @@ def _in_cloud(uri: str, where: str) -> str:
     if not found or scheme not in SCHEMES:
         raise RequestError(
             f"{where}: cloud_file_name must begin with one of {', '.join(f'{known}://' for known in SCHEMES)}, but is "
-            f"{uri!r:.60}; set file_name for a file of this machine"
+            f"{uri!r:.60}; use file_name for files on this machine"
         )
     return uri
 
@@ -103,7 +104,7 @@ def _hub_id(entry: Mapping[str, Any], key: str, where: str) -> str:
     revision = r"(@[\w.-]+)?" if key == MODELSCOPE_KEY else ""
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?" + revision, entry[key]):
         raise RequestError(
-            f"{where}: {key} must be OWNER/NAME, but is {entry[key]!r:.60}; set file_name for files of this machine"
+            f"{where}: {key} must be OWNER/NAME, but is {entry[key]!r:.60}; use file_name for files on this machine"
         )
     for part in HUB_KEYS:
         value = entry.get(part, "")

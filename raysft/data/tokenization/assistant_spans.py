@@ -92,7 +92,7 @@ class ChatTemplate:
                 return rendered
         omission = attempts.omission or self._omission_up_to_first_call(given)
         if not omission:
-            raise attempts.error or ValueError(f"the chat template shows nothing of the conversation; {REMEDY}")
+            raise attempts.error or ValueError(f"the chat template ignores the conversation; {REMEDY}")
         given = attempts.rendered[0] if attempts.rendered else given
         if omission.fits_in_text:
             given = with_tools_as_text(given, messages, omission)
@@ -105,8 +105,8 @@ class ChatTemplate:
             return rendered
         if omission.fits_in_text:
             raise ValueError(
-                "the chat template shows neither tools nor a system turn that could describe them; "
-                "name one that does in model.chat_template"
+                "the chat template renders neither tools nor a system turn that could describe them; set model.chat_template "
+                "to one that does"
             )
         return self._without_omitted_turns(given)
 
@@ -137,7 +137,7 @@ class ChatTemplate:
         text, spans = self._render(given)
         spans = spans or self._span_finder.find(render_with_markers(self.render, given.turns, given.tools, text), text)
         if not any(start < end for start, end in spans):
-            raise ValueError(f"the chat template leaves out what the assistant wrote; {REMEDY}")
+            raise ValueError(f"the chat template omits what the assistant wrote; {REMEDY}")
         return Rendered(text, spans, given, omits_turns=True)
 
     def _static_template(self, roles: tuple[str, ...]) -> StaticTemplate | None:

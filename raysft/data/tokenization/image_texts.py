@@ -69,7 +69,7 @@ class ImageTexts:
         except Exception as error:  # of any type: the processor's code raises it
             size = f"{medium.width} × {medium.height} pixels"
             raise ValueError(
-                f"{medium.location}: the processor refuses an image of {size} ({one_line(error)}); leave it out"
+                f"{medium.location}: the processor rejects an image of {size} ({one_line(error)}); remove it"
             ) from None
 
     def check(self, text: str, media: Sequence[Medium], ids: np.ndarray) -> None:
@@ -89,8 +89,8 @@ class ImageTexts:
         sizes = [(medium.width, medium.height) for medium in media]
         if processor_ids(processor, text, sizes) != ids.tolist():
             raise RequestError(
-                f"model: {type(processor).__name__} makes other tokens of conversations with images than the texts that it puts "
-                f"in place of {self.processor.image_token}; such a model cannot be trained on images, use another"
+                f"model: {type(processor).__name__} tokenizes conversations with images differently from the text that it "
+                f"inserts in place of {self.processor.image_token}; such a model cannot be trained on images; use another model"
             )
         self.checked.add(several)
 

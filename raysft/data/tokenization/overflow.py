@@ -53,8 +53,8 @@ def fit_to_row(
         fitted = [_truncate(example, turns, options)]
     if differ_alone and any(len(piece.media) == 1 < len(example.media) for piece in fitted):
         reason = (
-            f"{tokens} tokens do not fit into data.sequence_length={options.sequence_length}, and an image that is left alone by a "
-            "cut would have other tokens"
+            f"{tokens} tokens do not fit into data.sequence_length={options.sequence_length}, and truncation would separate "
+            "images, which changes their tokens"
         )
         yield Overflow(Rejected(example.source, example.record, reason), tokens)
     elif fitted and fitted[0].loss_tokens:

@@ -127,7 +127,7 @@ def _check(marked: MarkedRendering, spans: dict[int, Span]) -> None:
     previous_end = 0
     for index, (start, end) in spans.items():
         if start < previous_end:
-            raise ValueError(f"the chat template starts turn {index} inside the turn before; {REMEDY}")
+            raise ValueError(f"the chat template starts turn {index} inside the previous turn; {REMEDY}")
         previous_end = end
     for letter, positions in marked.positions.items():
         turn = marked.markers[letter].turn

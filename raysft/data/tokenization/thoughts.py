@@ -119,7 +119,9 @@ class ThoughtWords:
             at = text.find(words, max(0, start - len(words)), start + len(words))
             if at >= 0:
                 return at, at + len(words)
-        raise ValueError(f"cannot tell where the chat template writes the thought of a turn with calls; {REMEDY}")
+        raise ValueError(
+            f"cannot tell where the chat template writes the reasoning of a turn with tool calls; {REMEDY}"
+        )
 
 
 @dataclass(frozen=True)

@@ -164,7 +164,7 @@ class ExampleTokenizer:
         except ValueError as error:
             return Rejected(example.source, example.record, str(error))
         except Exception as error:  # a template may raise errors of its own
-            reason = f"the chat template refuses the conversation ({one_line(error)})"
+            reason = f"the chat template rejects the conversation ({one_line(error)})"
             return Rejected(example.source, example.record, reason)
         if self.processor and has_stray_mark(example.messages):
             counts.append(("stray_marks", 1))
@@ -187,18 +187,18 @@ class ExampleTokenizer:
         if any(message.media for message in example.messages):
             if not self.processor:
                 raise RequestError(
-                    f"{example.record}: has images, but the model has no processor for images (preprocessor_config.json); "
-                    "use a model for text and images, or leave the record out"
+                    f"{example.record}: has images, but the model has no image processor (preprocessor_config.json); use a "
+                    "vision-language model, or remove the record"
                 )
             if self.processor.fault:
                 raise RequestError(f"{example.record}: has images, but {self.processor.fault}")
             if any(medium.kind != "image" for message in example.messages for medium in message.media):
-                return "has a video; only images can be trained on"
+                return "has a video, but raysft only trains on text and images"
         for token in self.processor.media_tokens if self.processor else ():
             if any(token in text for text in texts_of(example)):
                 reason = f"contains {token}, which stands for an image or a video"
                 if has_stray_mark(example.messages):
-                    reason += ", and has no images (their column is named with columns: {images: COLUMN})"
+                    reason += ", but the record has no images (to name their column, use columns: {images: COLUMN})"
                 if not self.control_tokens.can_escape(token):
                     return f"{reason}; remove it"
                 if self.options.control_tokens == "keep":
@@ -369,7 +369,7 @@ class ExampleTokenizer:
                 )
         token = self.processor.image_token if self.processor else ""
         if token and self.backend.token_to_id(token) in ids:
-            reason = reason or f"input_ids contain {token}, but the record has no images; leave it out"
+            reason = reason or f"input_ids contain {token}, but the record has no images; remove it"
         if not reason and self.options.stage == "pt" and not np.array_equal(ids, labels):
             reason = "labels differ from input_ids, but stage: pt trains on every token; remove the labels"
         if reason:

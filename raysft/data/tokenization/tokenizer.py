@@ -114,7 +114,7 @@ class TokenizingProcessor:
         # Some write one token for an image, and put others in its place.
         known = {getattr(part, name, None) for part in (processor, processor.tokenizer) for name in names}
         token = str(getattr(processor, "image_token", None) or "")
-        fault = "" if token else f"{model}: its processor has no token for images; choose another model"
+        fault = "" if token else f"{model}: its processor has no image token; choose another model"
         return cls(files, token, tuple(sorted(str(each) for each in known if each)), fault=fault)
 
 

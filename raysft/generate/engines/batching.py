@@ -48,7 +48,7 @@ def for_images(config: Config) -> Config:
         return config
     if config.generate.batching == "continuous":
         raise RequestError(
-            "generate.batching=continuous, but there are prompts with images, which only static batches take; set "
+            "generate.batching=continuous, but some prompts have images, which only static batches support; set "
             "generate.batching to auto or static"
         )
     return with_overrides(config, {"generate.batching": "static"})
@@ -67,7 +67,7 @@ def obstacle(config: Config, model: str) -> str:
 
     folder = model_copy(model)
     if runs_code(config, folder):
-        return "it runs code of its own"
+        return "it runs its own code"
     try:
         hf_config: Any = AutoConfig.from_pretrained(
             adapter_base(folder) or folder, local_files_only=True, trust_remote_code=False
@@ -84,7 +84,7 @@ def obstacle(config: Config, model: str) -> str:
     if not supports_registered_attention(found):
         return f"{kind} implements its own attention"
     if longrope_threshold(hf_config):
-        return f"{kind} scales its positions by the longest prompt beside it (longrope)"
+        return f"{kind} scales its positions by the longest prompt in the batch (longrope)"
     text = hf_config.get_text_config()
     if (getattr(text, "rope_parameters", None) or {}).get("rope_type") == "dynamic":
         return f"{kind} scales its positions by the length of each text (dynamic)"

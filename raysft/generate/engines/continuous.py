@@ -91,7 +91,7 @@ class ContinuousEngine(ModelEngine):
             TimeoutError: no progress for ``STALL_SECONDS``; every later call fails as well.
             Exception: the error that ended the generating thread, and with it all prompts.
         """
-        assert not any(media), "continuous batching of transformers takes no pixels"
+        assert not any(media), "continuous batching in transformers does not support images"
         call, stops = next(self._calls), self._stops or [-1]
         kept = [list(self._fit(prompt)) for prompt in prompts]
         # Unique names, so that the remains of a failed call are not taken for results of the next one.

@@ -93,8 +93,8 @@ class VllmModel:
             )
         if (getattr(description.get_text_config(), "rope_parameters", None) or {}).get("rope_type") == "dynamic":
             raise RequestError(
-                f"generate.engine=vllm scales dynamic positions of {model} alike for texts of any length, unlike the training; use "
-                "generate.engine=transformers, or model.rope_scaling=yarn"
+                f"generate.engine=vllm applies the same dynamic RoPE scaling of {model} to texts of any length, unlike "
+                "training; use generate.engine=transformers, or model.rope_scaling=yarn"
             )
         generation = generation_config(folder, whole) or GenerationConfig.from_model_config(description)
         stops = stop_tokens(tokenizer, generation, config.generate.stop_tokens, ends)
