@@ -179,7 +179,7 @@ def test_a_quantized_checkpoint_needs_adapters_and_its_library(tmp_path, model, 
     assert message in str(caught.value)
     if finetuning == "lora":
         with pytest.raises(
-            RequestError, match=rf"--dtype float32: .* is quantized \({method or 'a method without a name'}\)"
+            RequestError, match=rf"--dtype float32: .* is quantized \({method or 'an unnamed method'}\)"
         ):
             merge(tmp_path, tmp_path / "out", dtype="float32")
 

@@ -168,7 +168,8 @@ def test_a_cache_that_takes_no_files_is_enough_if_it_has_the_data(folder, tmp_pa
         patch.setattr("raysft.data.shards.build.lock", refuses)
         message = refusal(check, config)
         assert holds(
-            message, f"data.cache: {tmp_path}/cache/shards lacks … (Read-only file system); choose another folder"
+            message,
+            f"data.cache: {tmp_path}/cache/shards does not contain … (Read-only file system); choose another folder",
         )
     check(config)
     monkeypatch.setattr("raysft.data.shards.build.lock", refuses)
