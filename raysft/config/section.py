@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from raysft.storage.path import SCHEMES
 
@@ -89,3 +98,18 @@ class Section(BaseModel):
     def _empty_is_default(cls, value: Any) -> Any:
         # A YAML section whose keys are all commented out is null.
         return {} if value is None else value
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # As with integers: `learning_rate: yes` must not become 1. Floats are not strict, as `1e-4` is a text in YAML 1.1.
+        found = any(isinstance(part, bool) for part in (value if isinstance(value, list | tuple) else (value,)))
+        types = set(_types(cls.model_fields[str(info.field_name)].annotation)) if found else set()
+        if float in types and not {bool, int, Any} & types:  # of such numbers, the field itself says what they are
+            raise ValueError("must be a valid number")
+        return value
+
+
+def _types(annotation: Any) -> list[Any]:
+    """Return the types inside of an annotation, and itself."""
+    return [annotation, *(inner for each in get_args(annotation) for inner in _types(each))]

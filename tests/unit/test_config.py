@@ -154,6 +154,8 @@ def test_an_unknown_key_comes_before_other_errors(write):
         ("train: {warmup_steps: -1}", "c.yaml:8: train.warmup_steps=-1 … must be greater than or equal to 0"),
         ("train: {eval_every_epochs: 0}", "c.yaml:8: train.eval_every_epochs=0 … must be greater than 0"),
         ("train: {save_every_steps: yes}", "c.yaml:8: train.save_every_steps=true … must be a valid integer"),
+        ("train: {neftune_alpha: yes}", "c.yaml:8: train.neftune_alpha=true … must be a valid number"),
+        ("train: {betas: [0.9, no]}", "c.yaml:8: train.betas=[0.9, False] … must be a valid number"),
         ("train: {epochs: 0}", "c.yaml:8: train.epochs=0 … must be greater than 0"),
         ("train: {learning_rate: .inf}", "c.yaml:8: train.learning_rate=inf … must be a finite number"),
         ("train: {betas: [0.9, 2]}", "c.yaml:8: train.betas.1=2 … must be less than 1"),
