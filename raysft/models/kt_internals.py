@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from raysft.errors import RequestError
+from raysft.errors import RequestError, one_line
 
 VERSION = "0.7.2"
 """The version that raysft is tested with."""

@@ -333,6 +333,24 @@ def test_another_version_is_refused(monkeypatch):
         check_kernel(on_this_machine=False)
 
 
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        ("raise ImportError('no .so:\\n  libhwloc.so.15')", "(no .so: libhwloc.so.15)"),
+        ("raise RuntimeError('needs a newer CPU: avx2\\nmore')", "(needs a newer CPU: avx2)"),
+        ("", "(module 'kt_kernel' has no attribute 'kt_kernel_ext')"),
+    ],
+)
+def test_a_package_that_does_not_load_is_told_in_one_line(tmp_path, monkeypatch, code, told):
+    (tmp_path / "kt_kernel").mkdir()
+    (tmp_path / "kt_kernel" / "__init__.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(kt_internals, "version", lambda name: kt_internals.VERSION)
+    monkeypatch.delitem(sys.modules, "kt_kernel", raising=False)
+    assert f"does not load on this node {told}; run pip install --no-deps kt-kernel==" in refusal(check_kernel)
+    sys.modules.pop("kt_kernel", None)
+
+
 def hf_config(kind: str, **settings: Any) -> Any:
     from transformers import AutoConfig
 
