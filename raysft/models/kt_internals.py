@@ -75,11 +75,13 @@ def check_kernel(on_this_machine: bool = True) -> None:
         return
     try:
         kt_kernel: Any = importlib.import_module("kt_kernel")
-    except ImportError as error:
+        kernels = kt_kernel.kt_kernel_ext.moe
+    except (ImportError, RuntimeError, AttributeError) as error:  # RuntimeError: it was built for a newer CPU
         raise RequestError(
-            f"model.experts=kt: the package kt-kernel cannot be loaded ({error}); install kt-kernel=={VERSION}"
+            f"model.experts=kt: the package kt-kernel cannot be loaded on this node ({one_line(error)}); run pip install --no-deps "
+            f"kt-kernel=={VERSION} there, or set model.experts=auto"
         ) from None
-    if not hasattr(kt_kernel.kt_kernel_ext.moe, "AMXBF16_SFT_MOE"):
+    if not hasattr(kernels, "AMXBF16_SFT_MOE"):
         raise RequestError(
             "model.experts=kt needs a CPU with AVX-512 BF16 (Intel Sapphire Rapids, AMD Zen 4, or later), but kt-kernel found "
             f"{kt_kernel.__cpu_variant__} on this node; use such nodes, or set model.experts=auto with train.zero_stage=3"

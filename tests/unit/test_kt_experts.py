@@ -347,7 +347,7 @@ def test_a_package_that_does_not_load_is_told_in_one_line(tmp_path, monkeypatch,
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(kt_internals, "version", lambda name: kt_internals.VERSION)
     monkeypatch.delitem(sys.modules, "kt_kernel", raising=False)
-    assert f"does not load on this node {told}; run pip install --no-deps kt-kernel==" in refusal(check_kernel)
+    assert f"cannot be loaded on this node {told}; run pip install --no-deps kt-kernel==" in refusal(check_kernel)
     sys.modules.pop("kt_kernel", None)
 
 
