@@ -58,7 +58,7 @@ def merge(
         RequestError: a folder holds no such thing, the adapters cannot be merged, or the data type cannot hold the weights.
     """
     if not any((model / mark).exists() for mark in MODEL_MARKS):
-        raise RequestError(f"{model}: holds no trained model; train first (raysft train CONFIG)")
+        raise RequestError(f"{model}: contains no trained model; train first (raysft train CONFIG)")
     output.mkdir(parents=True, exist_ok=True)
     for folder in (model, *adapters):
         check_weights(folder, str(folder))

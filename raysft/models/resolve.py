@@ -124,7 +124,7 @@ def find_on_hub(
         location = hub_snapshots.pin(name, asked)
         folder = Path(local_copy(location))
         if not any((folder / mark).exists() for mark in marks):
-            missing = f"the hub has no {' or '.join(marks)} of it"
+            missing = f"the Hub has no {' or '.join(marks)} of it"
             raise RequestError(f"{named}: {missing}; use a model in Hugging Face format")
         if (folder / "config.json").exists():
             _check_mapping(folder / "config.json")
@@ -133,7 +133,7 @@ def find_on_hub(
     except Exception as error:
         raise RequestError(f"{named}: not a local folder, and {hub.reason_of(error) or hub.UNUSABLE}") from None
     if not hub_snapshots.holds_weights(location):
-        raise RequestError(f"{named}: the hub has no weights of it (*.safetensors); use a complete model")
+        raise RequestError(f"{named}: the Hub has no weights of it (*.safetensors); use a complete model")
     notify(
         f"model: {name} is pinned to commit {location.partition('@')[2][: hub_snapshots.SHORT]}"
         + (f" ({asked})" if asked else "")

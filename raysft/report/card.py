@@ -49,8 +49,8 @@ def model_card(log: RunLog, plots: list[Path], published: Published | None = Non
     adapter = log.adapter if published is None or published.adapter else ""
     images = published.images if published else any((log.directory.model / name).exists() for name in PROCESSOR_FILES)
     beside = () if published else (
-        "[`report.html`](report.html) shows the curves, predictions beside their references, and the data.",
-        "To reproduce this run, use the `config.yaml` beside this card: `raysft run config.yaml run.storage=FOLDER`.",
+        "[`report.html`](report.html) shows the curves, predictions next to their references, and the data.",
+        "To reproduce this run, use the `config.yaml` next to this card: `raysft run config.yaml run.storage=FOLDER`.",
     )  # fmt: skip
     sections = [
         _front_matter(log, adapter, images),
@@ -167,7 +167,7 @@ def _usage(log: RunLog, adapter: str, published: Published | None, images: bool)
     folder = published.name if published else "model"
     trusted = log.option("model.path") in log.option("model.trust_remote_code", [])
     load = loading_code(folder, bool(adapter), images, trusted)
-    beside = "" if published else "`model` is the folder beside this card.\n\n"
+    beside = "" if published else "`model` is the folder next to this card.\n\n"
     text = f"## Usage\n\n{beside}```python\n{load}\n{prompt_code(log.option('stage') != 'pt', images)}```"
     if adapter:
         description = "adapter_config.json" if published else "model/adapter_config.json"

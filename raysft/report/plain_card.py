@@ -44,7 +44,7 @@ def plain_card(name: str, base: str, adapters: Sequence[str], adapter: bool, ima
     elif adapters:
         text = f"This model is `{public(base)}` with {listed} merged into it, in this order if there are several, by raysft."
     else:
-        text = f"This model is `{public(base)}`, written anew by raysft."
+        text = f"This model is `{public(base)}`, rewritten by raysft."
     head = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
     code = loading_code(name, adapter, images)
     return f"---\n{head}---\n\n# {name.rpartition('/')[2]}\n\n{text}\n\n## Usage\n\n```python\n{code}```\n"

@@ -24,8 +24,8 @@ _COUNTS = {
     "truncated": "truncated",
     "truncated_tokens": "truncated tokens",
     "truncated_media": "truncated images",
-    "animated": "animations, of which the first frame is taken",
-    "stray_marks": "with marks for images as words",
+    "animated": "animations, of which the first frame is used",
+    "stray_marks": "with image placeholders as plain text",
     "unanswered": "without an answer",
     "split": "split",
     "split_pieces": "segments of split examples",
@@ -37,7 +37,7 @@ _COUNTS = {
     "repeated_elsewhere": "duplicates of an earlier source",
     "evaluated": "also evaluated on",
     "trained_on": "also trained on",
-    "left_out": "left out as duplicates",
+    "left_out": "dropped as duplicates",
 }
 """Key in the plan → label. A count is shown if it is not 0."""
 

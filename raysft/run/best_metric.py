@@ -28,7 +28,7 @@ def check_best_metric(config: Config, prepared: PreparedData, done: int = 0, kno
     every, steps = config.generate.every_steps, prepared.train_rows.row_plan.steps
     assert every is not None  # a conflict of the config otherwise
     if not known and steps // every <= (max(done, 1) - 1) // every:
-        left = f"of which {done} are done" if done else "so none is ever made"
+        left = f"of which {done} are done" if done else "so it never happens"
         raise RequestError(
             f"{named} after every {every} steps, but the training has {steps} in all, {left}; lower "
             f"generate.every_steps={every}, or set train.best_metric=eval_loss"

@@ -116,10 +116,11 @@ def _check_adapter(exported: Exportable, adapters: Sequence[Exportable]) -> None
     """Refuse to keep an adapter if there is none, or there are several, or nobody could load it elsewhere."""
     is_adapter = exported.is_adapter
     if not is_adapter and not adapters:
-        raise RequestError(f"--no-merge: {exported.name} is a whole model and no adapter; remove --no-merge")
+        raise RequestError(f"--no-merge: {exported.name} is a whole model, not an adapter; remove --no-merge")
     if is_adapter + len(adapters) > 1:
         raise RequestError(
-            f"--no-merge: keeps one adapter as it is, but there are {is_adapter + len(adapters)}; remove --no-merge, or all but one"
+            f"--no-merge: keeps one adapter unmerged, but there are {is_adapter + len(adapters)}; remove --no-merge, or all "
+            "but one"
         )
     if not is_adapter:
         _check_base(base_name(exported.model)[0], exported)
@@ -137,9 +138,9 @@ def _check_base(base: str, exported: Exportable) -> None:
         return
     if StoragePath.of(base).parent in exported.caches:
         raise RequestError(
-            f"--no-merge: the adapter's base is a copy in the cache, {base}, which is nowhere else; remove --no-merge"
+            f"--no-merge: the adapter's base is a copy in the cache, {base}, which exists nowhere else; remove --no-merge"
         )
-    Terminal().line(f"the adapter names {base} as its base: whoever loads it needs the model there")
+    Terminal().line(f"the adapter names {base} as its base: to load it, the model must be available there")
 
 
 def _write(exported: Exportable, adapters: Sequence[Exportable], folder: Path, form: Form) -> None:
@@ -175,7 +176,7 @@ def _tell_left_out(copied: Path) -> None:
     """Say what a folder that was copied has beside its model, such as the state of a training."""
     if names := other_files(copied):
         more = f" and {len(names) - NAMED_FILES} more" if len(names) > NAMED_FILES else ""
-        Terminal().line(f"left out, as they do not belong to the model: {', '.join(names[:NAMED_FILES])}{more}")
+        Terminal().line(f"not exported, as they are not part of the model: {', '.join(names[:NAMED_FILES])}{more}")
 
 
 def _is_final(model: Path, exported: Exportable, form: Form) -> bool:

@@ -30,7 +30,7 @@ def holds(output: Path, model: str | None) -> bool:
         with suppress(OSError, ValueError, KeyError, TypeError):
             if model and json.loads((output / UNPUSHED).read_text(encoding="utf-8"))["model"] == model:
                 return True
-        raise RequestError(f"--output {output}: is not an empty folder; choose another")
+        raise RequestError(f"--output {output}: is not an empty folder; choose another one")
     return False
 
 

@@ -143,16 +143,16 @@ def find_exportable(source: str, notify: Notify, option: str = "MODEL") -> Expor
     if place.name == "model" and _is_run(place.parent):
         return _of_run(place.parent)
     if place.name == "checkpoints" and _is_run(place.parent):
-        raise RequestError(f"{source}: is a folder of checkpoints; give one of them, {source}/N ({_known(place)})")
+        raise RequestError(f"{source}: is a folder of checkpoints; give one of them: {source}/N ({_known(place)})")
     if place.parent.name == "checkpoints" and _is_run(place.parent.parent):
         return _of_checkpoint(place)
     if place.local and place.local.is_dir() and not any((place.local / mark).exists() for mark in MODEL_MARKS):
         raise RequestError(
-            f"{source}: holds no config.yaml of a run and no {' or '.join(MODEL_MARKS)} of a model; give a run directory, "
+            f"{source}: contains neither a run's config.yaml nor a model's {' or '.join(MODEL_MARKS)}; give a run directory, "
             "RUN_DIR/checkpoints/N, or a model"
         )
     if place.local and not place.local.exists() and not may_be_on_hub(source) and not source.endswith(".gguf"):
-        raise RequestError(f"{source}: there is no such run directory or model; check the path")
+        raise RequestError(f"{source}: no such run directory or model; check the path")
     return _model(source, notify, option)
 
 
@@ -194,7 +194,7 @@ def _of_run(place: StoragePath) -> Exportable:
     if not directory.is_trained():
         newest = catalog.newest(directory.checkpoints)
         remedy = f", or use its newest checkpoint, {_address(newest)}" if newest else ""
-        raise RequestError(f"{directory.model}: holds no trained model; train first (raysft train CONFIG){remedy}")
+        raise RequestError(f"{directory.model}: contains no trained model; train first (raysft train CONFIG){remedy}")
     # Sizes and times of the files say whether the run has trained meanwhile.
     return Exportable(str(place), str(directory.model.walk()), directory.model.location, place, _config(place))
 
@@ -210,11 +210,11 @@ def _of_checkpoint(place: StoragePath) -> Exportable:
         if any(name == wanted or _step_of(name) == step is not None for name in checkpoints.entries()):
             other = f"; export the newest complete one, {_address(complete[0])}" if complete else ""
             raise RequestError(f"{place}: is incomplete or damaged{other or ', and the run has no other one'}")
-        raise RequestError(f"{place}: there is no such checkpoint; {_known(checkpoints)}")
+        raise RequestError(f"{place}: no such checkpoint; {_known(checkpoints)}")
     config = _config(checkpoints.parent)
     if config is None:
         raise RequestError(
-            f"{checkpoints.parent / 'config.yaml'}: is not a config of this version of raysft, so its checkpoints cannot be read; "
+            f"{checkpoints.parent / 'config.yaml'}: is not a config of this raysft version, so its checkpoints cannot be read; "
             "export with the version that trained the run"
         )
     name = f"{checkpoints.parent} after step {found.cursor.step}"
@@ -252,9 +252,7 @@ def _restore(source: Exportable, checkpoint: ResumePoint, folder: Path, notify: 
         other = next((each for each in complete if each.path != checkpoint.path), None)
         remedy = f"export {_address(other)}, the newest other one" if other else "the run has no other one"
         if checkpoint.path not in [each.path for each in complete]:
-            message = (
-                f"{checkpoint.path}: its run removed it while it was exported, since it keeps only the newest ones"
-            )
+            message = f"{checkpoint.path}: its run deleted it during the export, because it keeps only the newest ones"
             raise RequestError(f"{message}; {remedy}") from None
         if isinstance(error, FileNotFoundError):
             raise

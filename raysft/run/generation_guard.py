@@ -86,7 +86,7 @@ class GenerationGuard:
                 used = now
                 self.heard()
             if self._seconds is not None and self.idle > self._seconds and not self.reason:
-                what = "no engine shows a sign of life" if self._clock is None else "scoring stands still"
+                what = "no engine is responding" if self._clock is None else "scoring stands still"
                 self.reason = f"{what} for {self._seconds / 60:g} minutes ({PATIENCE} × train.hang_minutes)"
                 self._stopping.ask(self.reason)
             if self._seconds is not None and self.idle > self._seconds * (1 + 1 / PATIENCE) and not given_up:

@@ -33,9 +33,9 @@ class GenerationPlan:
         every = "step" if self.every_steps == 1 else f"{self.every_steps:,} steps"
         after = f"generation: after every {every}, "
         if not self.times:
-            return f"{after}so never, as the training has fewer; lower generate.every_steps={self.every_steps}"
+            return f"{after}so never, because training has fewer steps; lower generate.every_steps={self.every_steps}"
         return f"{after}{counted(self.times, 'time')}, " + (
-            f"by {counted(self.engines, 'engine')} beside the training ({self.reason})"
+            f"by {counted(self.engines, 'engine')} alongside training ({self.reason})"
             if self.engines
             else f"between two steps: {self.reason}"
         )
@@ -66,15 +66,15 @@ def plan_generation(config: Config, nodes: Sequence[Node], steps: int) -> Genera
         workers += " and 1 GPU"
     times, unit = steps // every, "GPU" if scaling.use_gpu else "CPU"
     if config.run.sweep:
-        engines, reason = 0, "the trials of a sweep share the cluster, so the training pauses while it generates"
+        engines, reason = 0, "the trials of a sweep share the cluster, so training pauses while it generates"
     elif engines:
         threads = [int(node.cpus) // count for node, count in zip(room, fitting, strict=True) if count]
         own = None if scaling.use_gpu else scaling.threads_per_worker or max(1, min(threads))
         left = sum(node.gpus if scaling.use_gpu else node.cpus for node in room)
-        free = f"{counted(left, unit)} {'is' if left == 1 else 'are'} free beside {workers}"
+        free = f"{counted(left, unit)} {'is' if left == 1 else 'are'} free next to {workers}"
         return GenerationPlan(every, times, engines, own, free)
     else:
-        reason = f"no room for an engine beside {workers}, so the training pauses while it generates"
+        reason = f"no room for an engine next to {workers}, so training pauses while it generates"
     _check_shared(config, workers)
     return GenerationPlan(every, times, 0, None, reason)
 
@@ -84,12 +84,12 @@ def _check_shared(config: Config, workers: str) -> None:
     every, gpus = config.generate.every_steps, config.generate.gpus_per_engine
     if config.generate.engine == "vllm":
         raise RequestError(
-            f"generate.every_steps={every} with generate.engine=vllm needs devices that no worker uses, but beside {workers} "
-            "there is no room; add nodes, lower scaling.num_workers, set generate.engine=transformers, or remove every_steps"
+            f"generate.every_steps={every} with generate.engine=vllm needs devices that no worker uses, but there are none "
+            f"next to {workers}; add nodes, lower scaling.num_workers, set generate.engine=transformers, or remove every_steps"
         )
     if config.scaling.use_gpu and gpus > config.scaling.fewest_workers:
         raise RequestError(
-            f"generate.every_steps={every} with generate.gpus_per_engine={gpus} needs {gpus} GPUs of one node, but beside "
-            f"{workers} there are none, and {counted(config.scaling.fewest_workers, 'worker')} can lend too few; lower "
+            f"generate.every_steps={every} with generate.gpus_per_engine={gpus} needs {gpus} GPUs in one node, but there are "
+            f"none next to {workers}, and {counted(config.scaling.fewest_workers, 'worker')} can lend too few; lower "
             "generate.gpus_per_engine, or remove every_steps"
         )

@@ -325,4 +325,4 @@ def check_evaluable(manifests: Iterable[Manifest], rows: Collection[str], notify
             "generate"
         )
     for name in without:
-        notify(f"evaluation: {name} is left out, as none of its examples has an answer")
+        notify(f"evaluation: {name} is skipped, because none of its examples has an answer")

@@ -28,7 +28,7 @@ def write_modelfile(folder: Path, config: Config | None, runs_code: bool) -> str
     """
     description = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if (method := _quantized(description)) and method not in IMPORTED:
-        return f"its weights are quantized ({method}), which Ollama cannot import; export the exact model"
+        return f"its weights are quantized ({method}), which Ollama cannot import; export the unquantized model"
     try:
         tokenizer = load_tokenizer(str(folder), runs_code)
     except RequestError:
@@ -40,7 +40,7 @@ def write_modelfile(folder: Path, config: Config | None, runs_code: bool) -> str
         return "its chat template writes the date"
     text = go_template(lambda messages, prompts: _rendered(tokenizer, messages, prompts))
     if text is None:
-        return "its chat template has no equal in Go's language"
+        return "its chat template cannot be expressed as a Go template"
     lines = ["FROM .", "", f'TEMPLATE """{text}"""', ""]
     system = config.data.default_system if config is not None else None
     if system and '"""' not in system and "{{ .System }}" in text:

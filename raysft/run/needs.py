@@ -152,7 +152,7 @@ def _storage_warnings(config: Config, written: Storage, step_seconds: float | No
     if written.free is not None and written.needed > written.free:
         yield (
             f"run.storage: the run writes up to {amount(written.needed)}, but {config.run_place.parent} has "
-            f"{amount(written.free)} free; make room, or lower train.keep_last={as_yaml(config.train.keep_last)}"
+            f"{amount(written.free)} free; free some space, or lower train.keep_last={as_yaml(config.train.keep_last)}"
         )
     minutes, speed = config.train.save_every_minutes, write_speed(config, written)
     if minutes and (warning := slow_checkpoints(written, speed, 60 * minutes)):
@@ -165,10 +165,14 @@ def _time_line(config: Config, plan: Plan, speed: Speed | None) -> Iterator[str]
     """Say how long all steps take; evaluations, generation and the start come on top."""
     if speed is None:
         yield (
-            f"time: not known, as no run in {config.run_place.parent} had this model and these settings; "
-            "scaling.worker_tokens_per_second gives a speed"
+            f"time: unknown, as no run in {config.run_place.parent} had this model and these settings; to give a speed, set "
+            "scaling.worker_tokens_per_second"
         )
         return
     seconds, hours = speed.seconds(plan.tokens, plan.workers), config.train.max_hours
-    limit = "; train.max_hours ends it before, and the same command goes on" if hours and seconds > 3600 * hours else ""
+    limit = (
+        "; train.max_hours stops it earlier, and the same command resumes it"
+        if hours and seconds > 3600 * hours
+        else ""
+    )
     yield f"time: about {duration(seconds)} for all steps, at {speed}{limit}"

@@ -50,7 +50,7 @@ def refuse_directory(directory: RunDirectory, config: Config, verb: OtherVerb) -
     key, model, place = KEYS[verb], other_model(config, verb), directory.place
     if has_training(directory):
         raise RequestError(
-            f"{place}: belongs to a training, but {key}={model} is another model; choose another run.name"
+            f"{place}: belongs to a training run, but {key}={model} is a different model; choose another run.name"
         )
     if not directory.config.exists():
         refuse_other_folder(directory)
@@ -58,7 +58,8 @@ def refuse_directory(directory: RunDirectory, config: Config, verb: OtherVerb) -
         theirs = _with_results(directory, each)
         if theirs is not None and not _is_same(theirs, model):
             raise RequestError(
-                f"{place}: has results of {KEYS[each]}={theirs}, but {key}={model} is another model; choose another run.name"
+                f"{place}: has results of {KEYS[each]}={theirs}, but {key}={model} is a different model; choose another "
+                "run.name"
             )
         # The directory records one config, for both.
         if theirs is not None and (changes := _changes(directory, config, each, verb)):

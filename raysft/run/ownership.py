@@ -84,7 +84,7 @@ def refuse_other_folder(directory: RunDirectory) -> None:
     """Refuse a folder with files but without a ``config.yaml``."""
     place = directory.place
     if (place.local and place.local.is_file()) or any(not BEFORE_CONFIG.match(name) for name in place.entries()):
-        raise RequestError(f"{place}: is not empty, but holds no config.yaml; choose another run.name")
+        raise RequestError(f"{place}: is not empty, but contains no config.yaml; choose another run.name")
 
 
 def recorded_config(directory: RunDirectory) -> Config:
@@ -96,7 +96,9 @@ def recorded_config(directory: RunDirectory) -> Config:
     try:
         return parse(yaml.safe_load(directory.config.read_text(encoding="utf-8")))
     except (TypeError, ValueError, yaml.YAMLError):
-        raise RequestError(f"{directory.config}: is not a config of this version; choose another run.name") from None
+        raise RequestError(
+            f"{directory.config}: is not a config of this raysft version; choose another run.name"
+        ) from None
 
 
 def has_training(directory: RunDirectory) -> bool:
@@ -141,7 +143,7 @@ def check_ownership(directory: RunDirectory, config: Config, allow_changed: bool
 def refuse_other_kind(directory: RunDirectory, verb: str) -> None:
     """Refuse a run in the directory of a sweep and a sweep in that of a run: each would overwrite the other's config."""
     if verb in ("run", "train", "evaluate", "generate") and directory.trials.exists():
-        owner = "a sweep, whose runs are in its folder trials"
+        owner = "a sweep, whose runs are in its trials folder"
     elif verb == "tune" and has_training(directory):
         owner = "a training"
     else:

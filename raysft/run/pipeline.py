@@ -112,7 +112,7 @@ def _complete_generations(context: RunContext) -> None:
             try:
                 scores = predict_step(context.config, directory, step)
             except RunFailed as error:
-                log(GenerationNotice(step, f"{error}; the run goes on without them"))
+                log(GenerationNotice(step, f"{error}; the run continues without them"))
             else:
                 log(GenerationDone(_record(context, step) | scores))
                 context.push()
@@ -153,7 +153,7 @@ def _write_results(context: RunContext, train_log: TrainLog, end: TrainingEnded)
     if context.config.train.keep_best and "best_step" not in trained:
         metric = context.config.train.best_metric
         context.terminal.line(
-            f"train.keep_best: {metric} was never a finite number, so the model is that of the last step"
+            f"train.keep_best: {metric} was never a finite number, so the model of the last step was saved"
         )
     if end.eval:
         context.directory.write_results("eval", {**end.eval, "epoch": trained["epoch"]})
@@ -205,7 +205,7 @@ def _write_prompts(context: RunContext) -> bool:
     config, prepared = context.config, context.prepared
     if write_prompts(prepared.prompts, context.directory.prompts, config.generate.max_examples, prepared.end_tokens):
         return True
-    context.terminal.line("generate: skipped, as no example has a prompt (records of token IDs have none)")
+    context.terminal.line("generate: skipped, because no example has a prompt (pre-tokenized records have none)")
     return False
 
 

@@ -135,10 +135,10 @@ class Plan:
         examples = self.examples_of_sources
         if left_out:
             return (
-                f"{left_out:,} of {examples:,} training examples are left out, as they repeat another one ({repeated:,}) or are "
-                f"evaluated on ({_total(self.sources, 'evaluated'):,})"
+                f"{left_out:,} of {examples:,} training examples are dropped as duplicates of another one ({repeated:,}) or "
+                f"are evaluated on ({_total(self.sources, 'evaluated'):,})"
             )
-        found = [f"{repeated:,} of {examples:,} training examples repeat another one"] if repeated else []
+        found = [f"{repeated:,} of {examples:,} training examples are duplicates of another one"] if repeated else []
         found += [f"{trained_on:,} of {evaluated:,} evaluation examples are trained on"] if trained_on else []
         return ", ".join(found) or "none"
 

@@ -43,7 +43,7 @@ def predict(config: Config) -> RunDirectory:
         ends = stop_token_ids(merge_counts(manifest.turns for manifest in manifests))
         if not write_prompts(manifests, directory.prompts, config.generate.max_examples, ends):
             raise RequestError(
-                "no example has a prompt to generate for (records of token IDs have none); name other sources"
+                "no example has a prompt to generate for (pre-tokenized records have none); choose other sources"
             )
         # Of the prompts alone: an answer or a prompt that is not generated for may hold any token.
         largest = _largest_tokens(directory.prompts)

@@ -199,7 +199,7 @@ def check_trained(config: Config, remedy: str = "") -> None:
     with retry_for(FIRST_SECONDS):
         trained = directory.is_trained()
     if not trained:
-        raise RequestError(f"{directory.place}: holds no trained model; train first (raysft train CONFIG){remedy}")
+        raise RequestError(f"{directory.place}: contains no trained model; train first (raysft train CONFIG){remedy}")
 
 
 def check_packages(config: Config, trains: bool = True) -> None:

@@ -73,7 +73,7 @@ def _check_experts(config: Config, nodes: Sequence[Node]) -> None:
         )
         spread = "scaling.placement=spread with " if able > 1 else ""
         raise RequestError(
-            f"model.experts=kt takes one worker on each node, but scaling.num_workers={as_yaml(scaling.num_workers)} with "
+            f"model.experts=kt needs one worker per node, but scaling.num_workers={as_yaml(scaling.num_workers)} with "
             f"scaling.placement={scaling.placement} puts {together} on one; use {spread}scaling.num_workers={max(1, able)}"
         )
 

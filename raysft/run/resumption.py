@@ -48,8 +48,8 @@ class Resumption:
         if not (reason := not_comparable(config.train, self.cursor, identity)):
             return ""
         return (
-            f"the best model so far, that of step {best.step} with {best.metric}={best.value:.6g}, does not count any more, as "
-            f"{reason}; which model is the best is decided anew from step {self.cursor.step} on"
+            f"the best model so far, that of step {best.step} with {best.metric}={best.value:.6g}, no longer counts, because "
+            f"{reason}; the best model is determined afresh from step {self.cursor.step} on"
         )
 
 

@@ -67,7 +67,7 @@ class StepGenerator:
         self._guarded: tuple[GenerationDue, GenerationGuard] | None = None
         """The request that engines work for or whose predictions are scored, and its guard."""
         self._given_up: GenerationDue | None = None
-        """A request that hangs and cannot be ended: none that follows it can be carried out."""
+        """A request that hangs and cannot be stopped: none that follows it can be carried out."""
         self._epoch = 0
         """Raised when all requests so far are to be forgotten."""
         self._alone = threading.Event()
@@ -90,7 +90,7 @@ class StepGenerator:
     def take(self, due: GenerationDue) -> None:
         """Take a request; one with the ticket of another says that the workers wait for it."""
         if (stuck := self._given_up) is not None:
-            self._fail(due, f"left out, as the generation after step {stuck.step} hangs and cannot be ended")
+            self._fail(due, f"skipped, because the generation after step {stuck.step} hangs and cannot be stopped")
         else:
             self._requests.put((due, self._epoch))
 
@@ -101,7 +101,7 @@ class StepGenerator:
 
     def forget(self) -> None:
         """Drop all requests."""
-        self._stop(StopRequest("the workers start again"))
+        self._stop(StopRequest("the workers restart"))
 
     def complete(self) -> None:
         """Return once all requests have ended, one cannot be ended, or the run is asked to stop: the next call of it goes on."""
@@ -135,7 +135,7 @@ class StepGenerator:
     def _give_up(self, due: GenerationDue, reason: str) -> None:
         """Let nobody wait any longer for a request that cannot be ended."""
         self._given_up = due
-        self._fail(due, f"generation failed: {reason}, and cannot be ended")
+        self._fail(due, f"generation failed: {reason}, and cannot be stopped")
 
     @contextmanager
     def _stoppable(self, epoch: int) -> Iterator[None]:
@@ -229,8 +229,8 @@ class StepGenerator:
         free = ray.available_resources().get(unit, 0.0)
         self._notice(
             due.step,
-            f"no engine found room beside the workers for {ROOM_SECONDS:g} s ({counted(free, unit)} free), so the "
-            "training pauses while it generates",
+            f"no engine found room next to the workers for {ROOM_SECONDS:g} s ({counted(free, unit)} free), so training pauses "
+            "while it generates",
         )
         self._tell(due, Status.NO_ROOM)
         while not self._alone.is_set():
@@ -247,7 +247,7 @@ class StepGenerator:
     def _fail(self, due: GenerationDue, reason: str) -> None:
         """Say that there will be no predictions. Their model goes; those that there are stay."""
         if not self._config.train.goes_by_predictions:  # else the training ends, and says so
-            self._notice(due.step, f"{reason}; the run goes on without them")
+            self._notice(due.step, f"{reason}; the run continues without them")
         with suppress(StorageFailed):
             self._directory.step_model(due.step).remove()
         self._tell(due, Status.FAILED, failure=reason)

@@ -28,7 +28,9 @@ def request_stop(run: StoragePath, reason: str) -> None:
     try:
         with retry_for(FIRST_SECONDS):
             if not any((run / sign).exists() for sign in SIGNS):
-                raise RequestError(f"{run}: holds no config.yaml; give a run directory, {{run.storage}}/{{run.name}}")
+                raise RequestError(
+                    f"{run}: contains no config.yaml; give a run directory, {{run.storage}}/{{run.name}}"
+                )
             (run / STOP_FILE).write_text(f"{reason}\n")
     except (OSError, StorageFailed) as error:
         raise RequestError(

@@ -62,9 +62,11 @@ def watched(place: StoragePath, max_hours: float | None, notify: Callable[[str],
 
 
 def _announcement(request: StopRequest, signals: bool) -> str:
-    left = f", {request.until - time.time():.0f} s before the machine goes" if request.until is not None else ""
-    again = "; Ctrl-C or SIGTERM once more ends it at once" if signals else ""
-    return f"{request.reason}: the run ends as soon as its work is saved{left}{again}"
+    left = (
+        f", {request.until - time.time():.0f} s before the machine is taken away" if request.until is not None else ""
+    )
+    again = "; press Ctrl-C or send SIGTERM again to end it immediately" if signals else ""
+    return f"{request.reason}: the run will end as soon as its work is saved{left}{again}"
 
 
 class _Signals:

@@ -36,6 +36,6 @@ def refuse_shared_images(config: Config, manifests: Iterable[Manifest]) -> None:
     size = config.scaling.sequence_parallel
     if size > 1 and (name := next((each.name for each in manifests if each.media), "")):
         raise RequestError(
-            f"scaling.sequence_parallel={size} divides rows of text, but {name} has images; use scaling.sequence_parallel=1, or "
-            "data of text alone"
+            f"scaling.sequence_parallel={size} only supports text, but {name} has images; use scaling.sequence_parallel=1, or "
+            "text-only data"
         )

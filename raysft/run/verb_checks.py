@@ -19,7 +19,7 @@ def check_verb(config: Config, verb: Verb) -> None:
     if evaluated is not None and (verb in TRAINS or (verb == "generate" and model is None)):
         instead = "set generate.model" if verb == "generate" else "remove evaluate.model"
         raise RequestError(
-            f"raysft {verb} takes the model that is trained, but evaluate.model={evaluated}; {instead}, or use raysft evaluate"
+            f"raysft {verb} uses the trained model, but evaluate.model={evaluated}; {instead}, or use raysft evaluate"
         )
     if verb in ("run", "check", "tune") and model is not None:
         raise RequestError(

@@ -76,7 +76,7 @@ def idle_workers(config: Config, plan: Plan) -> Iterator[str]:
     idle = plan.workers - plan.global_batch_size * size
     if idle > 0:
         yield (
-            f"{idle} of {plan.workers} workers have nothing to do, because a step has {plan.global_batch_size} "
+            f"{idle} of {plan.workers} workers are idle, because a step has {plan.global_batch_size} "
             f"row{'' if plan.global_batch_size == 1 else 's'}; use scaling.num_workers={plan.global_batch_size * size}"
         )
 
@@ -85,8 +85,8 @@ def groups_across_nodes(config: Config, plan: Plan) -> Iterator[str]:
     """Workers that share rows exchange them in every layer."""
     if plan.groups_cross_nodes:
         yield (
-            f"groups of scaling.sequence_parallel={plan.sequence_parallel} workers reach across nodes, so that every layer waits "
-            "for the network; use a number that divides the workers of each node"
+            f"groups of scaling.sequence_parallel={plan.sequence_parallel} workers span nodes, so every layer waits for the "
+            "network; use a number that divides the number of workers on each node"
         )
 
 
@@ -144,7 +144,7 @@ def trained_on(config: Config, plan: Plan) -> Iterator[str]:
         if count and name not in plan.shared_files:
             yield (
                 f"{count:,} of {source.examples:,} examples of evaluation set {name!r} are trained on, so its results show "
-                "what the model remembers; use data.duplicates=drop, which leaves them out of the training"
+                "what the model remembers; use data.duplicates=drop, which removes them from training"
             )
 
 
@@ -157,8 +157,8 @@ def repeated_examples(config: Config, plan: Plan) -> Iterator[str]:
     examples = plan.examples_of_sources
     if repeated >= MANY * examples and repeated:
         yield (
-            f"{repeated:,} of {examples:,} training examples repeat another one, so that it has more weight; use "
-            "data.duplicates=drop if that is not on purpose"
+            f"{repeated:,} of {examples:,} training examples are duplicates of another one, which gives it more weight; use "
+            "data.duplicates=drop if that is not intended"
         )
 
 
@@ -168,7 +168,7 @@ def emptied_sources(config: Config, plan: Plan) -> Iterator[str]:
         if source.counts.get("left_out") == source.examples:
             yield (
                 f"source {name!r}: all of its {source.examples:,} examples are in an evaluation set or an earlier source, so "
-                "data.duplicates=drop leaves nothing of it; remove it"
+                "data.duplicates=drop removes all of them; remove the source"
             )
 
 
@@ -220,7 +220,7 @@ def quoted_arguments(config: Config, plan: Plan) -> Iterator[str]:
     for name, source in {**plan.evaluation, **plan.sources}.items():
         if count := source.counts.get("quoted_arguments", 0):
             yield (
-                f"source {name!r}: {count:,} of {source.examples:,} examples have the arguments of calls as JSON text, which the "
+                f"source {name!r}: {count:,} of {source.examples:,} examples have tool-call arguments as JSON text, which the "
                 'chat template encodes a second time ("{\\"city\\": …}"), so the model learns to write them that way; give '
                 "arguments as objects in the records"
             )
@@ -231,8 +231,9 @@ def stray_marks(config: Config, plan: Plan) -> Iterator[str]:
     for name, source in {**plan.evaluation, **plan.sources}.items():
         if count := source.counts.get("stray_marks", 0):
             yield (
-                f"source {name!r}: {count:,} of {source.examples:,} examples have no images but marks for some in their text "
-                "(<image>), which are words there; name the column of their images with columns: {images: COLUMN}"
+                f"source {name!r}: {count:,} of {source.examples:,} examples have no images, but image placeholders in their "
+                "text (<image>), which are treated as plain text; name the column of their images with columns: "
+                "{images: COLUMN}"
             )
 
 
@@ -277,9 +278,9 @@ def untrained_end_tokens(config: Config, plan: Plan) -> Iterator[str]:
     """An adapter on the layers alone cannot teach a model a token whose embedding means nothing."""
     if plan.untrained_ends:
         yield (
-            f"{' '.join(plan.untrained_ends)} ends turns, but the model has never been trained on it, and model.finetuning="
-            f"{config.model.finetuning} trains no embeddings, so it may not learn to stop; add it to model.new_tokens.special, "
-            "which trains them"
+            f"{' '.join(plan.untrained_ends)} ends turns, but the model has never been trained on it, and "
+            f"model.finetuning={config.model.finetuning} trains no embeddings, so it may not learn to stop; add it to "
+            "model.new_tokens.special, which trains them"
         )
 
 
@@ -287,8 +288,8 @@ def untrained_prompt_endings(config: Config, plan: Plan) -> Iterator[str]:
     """The generation prompt should begin turns as the trained turns begin."""
     if plan.turns.prompt_only:
         yield (
-            f"the generation prompt ends with {plan.turns.prompt_only!r}, but no trained turn begins that way, so the model has "
-            "not learnt to continue it; add it to the data (as reasoning_content if it opens thinking), change "
+            f"the generation prompt ends with {plan.turns.prompt_only!r}, but no trained turn begins that way, so the model "
+            "does not learn to continue it; add it to the data (as reasoning_content if it opens thinking), change "
             "data.template_options, or set another model.chat_template"
         )
     if plan.turns.turn_only:
@@ -313,7 +314,7 @@ def no_checkpoints(config: Config, plan: Plan) -> Iterator[str]:
     if not config.train.resumes:
         yield (
             f"no checkpoints are written, because train.optimizer={config.train.optimizer} cannot resume: a run that is killed "
-            "starts from the beginning; use another optimizer if that matters"
+            "restarts from the beginning; use another optimizer if that matters"
         )
 
 

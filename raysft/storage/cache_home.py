@@ -18,5 +18,5 @@ def cache_home() -> Path:
         return Path.home() / ".cache" / "raysft"
     except RuntimeError:
         raise RequestError(
-            f"user {os.getuid()} has no home folder, and HOME is not set; set it on every node"
+            f"user {os.getuid()} has no home directory, and HOME is not set; set it on every node"
         ) from None

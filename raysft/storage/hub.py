@@ -25,7 +25,7 @@ WRITE_SECONDS = 60.0
 """Longest wait for the answer to a request that writes: a commit of many large files takes the hub a while."""
 AWAY_SECONDS = 60.0
 """Time without retries after a server did not answer: cached files load without it, others fail at once."""
-UNUSABLE = "the hub's answer is not usable; check the name and HF_ENDPOINT, or give a folder"
+UNUSABLE = "the Hub's response is not usable; check the name and HF_ENDPOINT, or give a folder"
 CHUNK_BYTES = 1 << 20
 """Most bytes of a download that are lost when it breaks off; a connection that carries fewer would never end it."""
 TRANSIENT = (408, 429, 500, 502, 503, 504)
@@ -106,7 +106,7 @@ def _send(send: Any, unreachable: dict[str, float], request: Any, **options: Any
             # On this error, unlike on others, the libraries fall back to their caches.
             raise OfflineModeIsEnabled(f"{server} does not answer ({reason})")
         if pause >= NAMED_SECONDS:
-            print(f"waiting for the hub: {server} ({reason})", file=sys.stderr)
+            print(f"waiting for the Hub: {server} ({reason})", file=sys.stderr)
         time.sleep(pause)
         paused += pause
         pause = min(2 * pause, 8.0)
@@ -185,18 +185,21 @@ def reason_of(error: BaseException) -> str | None:
                     f"it is gated ({status}); accept its terms at {page}, and set HF_TOKEN to a token of that account"
                 )
             if isinstance(cause, RevisionNotFoundError):
-                return f"the hub has no such revision of it ({status}); check the branch, tag or commit"
+                return f"the Hub has no such revision of it ({status}); check the branch, tag or commit"
             if cause.response.status_code in (401, 403):
                 # The hub gives this answer for missing repositories too.
-                return f"the hub denies access ({status}); check the name, and whether HF_TOKEN may read it"
+                return f"the Hub denies access ({status}); check the name, and whether HF_TOKEN may read it"
             if cause.response.status_code == 404:
-                return f"the hub does not have it ({status}); check the name"
-            return f"the hub answers {status}; try again later, or give a folder"
+                return f"the Hub does not have it ({status}); check the name"
+            return f"the Hub responds with {status}; try again later, or give a folder"
         if isinstance(cause, httpx2.TransportError):
-            return f"the download broke off ({cause}); run the same command again, which keeps complete files, or give a folder"
+            return (
+                f"the download was interrupted ({cause}); run the same command again, which keeps complete files, or give a "
+                "folder"
+            )
         if isinstance(cause, OSError) and "Consistency check failed" in str(cause):
             sizes = one_line(cause).partition(": ")[2].partition(". ")[0]
-            return f"the hub gave another number of bytes than it announced ({sizes}); run the same command again"
+            return f"the Hub sent a different number of bytes than announced ({sizes}); run the same command again"
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            return f"the hub's cache cannot be written ({cause.strerror}: {constants.HF_HUB_CACHE}); set HF_HOME to another folder"
+            return f"the Hub cache cannot be written ({cause.strerror}: {constants.HF_HUB_CACHE}); set HF_HOME to another folder"
     return None

@@ -24,7 +24,7 @@ LOADED = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "py
 """Patterns of the files at the top of a repository that would be loaded with a model, or in its place."""
 COMMITS = 5
 """Attempts to commit while others commit to the same repository."""
-LOGIN = "set HF_TOKEN to a token of yours, or run hf auth login"
+LOGIN = "set HF_TOKEN to your token, or run hf auth login"
 
 
 def open_repository(name: str, private: bool) -> str:
@@ -47,25 +47,25 @@ def open_repository(name: str, private: bool) -> str:
         validate_repo_id(name)
     except HFValidationError as error:
         raise RequestError(
-            f"--push {name}: must be ORG/NAME of a repository, but is not ({one_line(error)}); correct it"
+            f"--push {name}: must be the ORG/NAME of a repository, but is not ({one_line(error)}); correct it"
         ) from None
     if constants.is_offline_mode():
-        raise RequestError(f"--push {name}: needs the hub, but HF_HUB_OFFLINE is set; unset it, or use --output alone")
+        raise RequestError(f"--push {name}: needs the Hub, but HF_HUB_OFFLINE is set; unset it, or use --output alone")
     hub.bound_requests()
     api, stage = HfApi(endpoint=constants.ENDPOINT), "token"
     try:
         token = get_token()
         if not token:
-            raise RequestError(f"--push {name}: needs a token of the hub, but there is none; {LOGIN}")
+            raise RequestError(f"--push {name}: needs a Hub token, but none is set; {LOGIN}")
         if not re.fullmatch("[!-~]+", token):  # no request could carry it
-            raise RequestError(f"--push {name}: the token has characters that no token of the hub has; {LOGIN}")
+            raise RequestError(f"--push {name}: the token contains characters that no Hub token has; {LOGIN}")
         account = api.whoami()["name"]
         name, stage = name if "/" in name else f"{account}/{name}", "repository"
         api.create_repo(name, private=private or None, exist_ok=True)
         _check_right(api, name)
         if private and not api.repo_info(name).private:
             raise RequestError(
-                f"--private: {name} is there already, but public; make it private on the hub, or remove --private"
+                f"--private: {name} already exists, but is public; make it private on the Hub, or remove --private"
             )
     except RequestError:
         raise
@@ -93,16 +93,16 @@ def _refusal(name: str, error: BaseException, stage: str) -> RequestError:
         return NotNow(f"--push {name}: {error}; check the network and HF_ENDPOINT, or use --output alone")
     if not isinstance(error, HfHubHTTPError):
         return RequestError(
-            f"--push {name}: the hub's answer is not usable ({type(error).__name__}); check HF_ENDPOINT={constants.ENDPOINT}"
+            f"--push {name}: the Hub's response is not usable ({type(error).__name__}); check HF_ENDPOINT={constants.ENDPOINT}"
         )
     answer = _answer(error)
     if stage == "token" and error.response.status_code in (401, 403):
-        return RequestError(f"--push {name}: the hub refuses the token ({answer}); {LOGIN}")
+        return RequestError(f"--push {name}: the Hub rejects the token ({answer}); {LOGIN}")
     if error.response.status_code in (401, 403, 404):
         return RequestError(
-            f"--push {name}: the token may not write there ({answer}); use a token with that right, or another ORG/NAME"
+            f"--push {name}: the token may not write there ({answer}); use a token with write access, or another ORG/NAME"
         )
-    return RequestError(f"--push {name}: the hub does not open the repository ({answer}); correct that, or use another")
+    return RequestError(f"--push {name}: the Hub does not open the repository ({answer}); correct that, or use another")
 
 
 def push(name: str, folder: Path, message: str, notify: Callable[[str], None]) -> str:
@@ -140,13 +140,13 @@ def push(name: str, folder: Path, message: str, notify: Callable[[str], None]) -
                     continue  # another commit came between, or the answer to this one was lost
                 stale = _stale(known, files)
                 if made.oid == first:
-                    notify(f"{name}: the hub has all of it already")
+                    notify(f"{name}: the Hub already has all of it")
                 elif stale:
                     notify(f"{name}: removed files of another model: {', '.join(stale)}")
                 return f"{constants.ENDPOINT}/{name}/commit/{made.oid}"
     except (*hub.error_types(), RuntimeError) as error:
         raise RunFailed(f"{name}: {_fault(error)}") from error
-    raise RunFailed(f"{name}: others commit to it all the time; run the same command again when they have ended")
+    raise RunFailed(f"{name}: others keep committing to it; run the same command again when they have finished")
 
 
 def files_to_push(folder: Path) -> dict[str, Path]:
@@ -196,19 +196,19 @@ def _fault(error: BaseException) -> str:
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    again = "run the same command again, which sends only what the hub lacks"
+    again = "run the same command again, which sends only what the Hub does not have yet"
     cause: BaseException | None = error
     while isinstance(cause, RuntimeError) and cause.__cause__ is not None:
         cause = cause.__cause__  # it says which file, and this one why
     if isinstance(cause, OfflineModeIsEnabled):
         return f"{cause}; check the network, and {again}"
     if isinstance(cause, HfHubHTTPError):
-        return f"the hub refuses the upload ({_answer(cause)}); correct that, and {again}"
+        return f"the Hub rejects the upload ({_answer(cause)}); correct that, and {again}"
     if isinstance(cause, httpx2.TransportError):
-        return f"the upload broke off ({one_line(cause)}); {again}"
+        return f"the upload was interrupted ({one_line(cause)}); {again}"
     refused = re.search(r"LFS batch API returned errors[^`]*`([^`]+)", str(cause))
     if refused:
-        return f"the hub refuses the upload ({one_line(refused[1])}); correct that, and {again}"
+        return f"the Hub rejects the upload ({one_line(refused[1])}); correct that, and {again}"
     return f"the upload failed ({one_line(cause or error)}); {again}"
 
 

@@ -214,7 +214,7 @@ def _beat(file: StoragePath, me: LockOwner, stopped: threading.Event, notify: Ca
             continue  # the storage does not answer, nor does it to others
         if other is not None and other.token != me.token:
             # This machine was suspended and counted as dead; two processes must not write.
-            notify(f"{file.parent}: process {other.process} on {other.host} took the lock over; this process stops")
+            notify(f"{file.parent}: process {other.process} on {other.host} took over the lock; this process stops")
             _lost.set()
             # Not SIGINT, which background processes may ignore.
             os.kill(os.getpid(), signal.SIGTERM)

@@ -80,8 +80,8 @@ class Location:
         name, _, revision = repository.partition("@")
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or any(part in ("", ".", "..") for part in parts):
             raise RequestError(
-                f"{location}: names no repository of ModelScope; write ms://ORG/NAME for a model, "
-                "or ms://datasets/ORG/NAME for a dataset"
+                f"{location}: does not name a ModelScope repository; write ms://ORG/NAME for a model, or "
+                "ms://datasets/ORG/NAME for a dataset"
             )
         root = "/".join(parts[: skipped + 2])
         return cls(kind, name, revision or None, "/".join(parts[skipped + 2 :]), root)
@@ -225,7 +225,7 @@ def _reasons(place: Location) -> Iterator[None]:
         reason = one_line(getattr(error, "message", "") or error)
         if isinstance(error, errors.FileIntegrityError):
             raise RequestError(
-                f"{place}: ModelScope gives another file than it lists ({reason}); try again later"
+                f"{place}: ModelScope serves a different file than it lists ({reason}); try again later"
             ) from None
         away = (errors.NetworkError, errors.ServerError, errors.RateLimitError, requests.RequestException)
         if isinstance(error, away) or getattr(error, "retryable", False):
@@ -233,5 +233,5 @@ def _reasons(place: Location) -> Iterator[None]:
             remedy = "check the network and MODELSCOPE_ENDPOINT, or run the same command again"
             raise NotNow(f"{place}: ModelScope does not answer ({reason}); {remedy}") from None
         raise RequestError(
-            f"{place}: ModelScope's answer is not usable ({reason}); check the name and MODELSCOPE_ENDPOINT"
+            f"{place}: ModelScope's response is not usable ({reason}); check the name and MODELSCOPE_ENDPOINT"
         ) from None

@@ -257,7 +257,9 @@ class StoragePath:
         probe.write_text(name)
         # A server that is not an object store may answer every request with success.
         if probe.read_bytes() != name.encode():
-            raise StorageFailed(f"{self}: returns other content than was written; the server is no object store")
+            raise StorageFailed(
+                f"{self}: returns content other than what was written; the server is not an object store"
+            )
         probe.remove()
 
     def _info(self) -> Any:

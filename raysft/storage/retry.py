@@ -75,7 +75,7 @@ def retry(operation: Callable[[], Result], name: str) -> Result:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise  # the local disk is full, not the storage
             if _PERMANENT.search(str(error)):
-                raise StorageFailed(f"{name}: the storage refuses ({reason})") from error
+                raise StorageFailed(f"{name}: the storage refuses the request ({reason})") from error
             if waited + pause > seconds:
                 raise StorageSilent(f"{name}: no answer from the storage for {waited:.0f} s ({reason})") from error
             if waited - notified >= NOTIFY_SECONDS:

@@ -98,7 +98,7 @@ class Sync:
             except (StorageFailed, OSError) as error:
                 if not failed:
                     self._notify(
-                        f"{reason_of(error)}; the run continues, and uploads its files when the storage answers"
+                        f"{reason_of(error)}; the run continues, and uploads its files when the storage responds again"
                     )
                 failed = True
             # Uploads of a long log take at most a tenth of the time.

@@ -23,9 +23,9 @@ def dashboard_url(address: str) -> str:
     named = f"--to {address}"
     scheme, found, _ = address.partition("://")
     if scheme == "ray" and found:
-        raise RequestError(f"{named}: the address of a Ray Client, which cannot take jobs; {PORTS}")
+        raise RequestError(f"{named}: the address of a Ray Client, which cannot accept jobs; {PORTS}")
     if scheme not in ("http", "https") or not found:
-        raise RequestError(f"{named}: is not the URL of a dashboard; use {EXAMPLE}, or kubernetes")
+        raise RequestError(f"{named}: is not a dashboard URL; use {EXAMPLE}, or kubernetes")
     try:
         parts = urlsplit(address)
         host, _ = parts.hostname, parts.port
@@ -55,8 +55,8 @@ def why_no_answer(url: str, reason: str) -> str:
         return f"{named}: the server speaks HTTP without TLS; use {plain}"
     if "certificate" in lower:
         return (
-            f"{named}: the server's certificate cannot be verified ({short_reason(reason)}); set SSL_CERT_FILE to the file of "
-            "the authority that signed it"
+            f"{named}: the server's certificate cannot be verified ({short_reason(reason)}); set SSL_CERT_FILE to the CA "
+            "certificate file that signed it"
         )
     if "\\x15\\x03" in reason or "https server" in lower or "to https port" in lower:
         return f"{named}: the server speaks HTTPS; use {secure}"
@@ -64,7 +64,7 @@ def why_no_answer(url: str, reason: str) -> str:
         sign in lower for sign in ("badstatusline", "remote end closed", "reset by peer", "http/0.9", "invalid http")
     ):
         tls = f", or {secure} if it speaks TLS" if plain == url else ""
-        return f"{named}: something answers there, but it is no HTTP server; {PORTS}{tls}"
+        return f"{named}: something responds there, but it is not an HTTP server; {PORTS}{tls}"
     return f"{named}: no Ray cluster answers ({short_reason(reason)}); check the address, and that this machine can reach it"
 
 

@@ -154,8 +154,8 @@ class _Patience:
             )  # a head that is new has answered: from now on the job has time to come back
         if self._forgotten is not None and time.monotonic() - self._forgotten > FORGOTTEN_SECONDS:
             raise RunFailed(
-                f"{self._url} no longer knows {self._job}, so its head has started anew and the job has ended; submit it "
-                "again, and it goes on from its newest checkpoint"
+                f"{self._url} no longer knows {self._job}, so its head was restarted and the job has ended; submit it again, "
+                "and it resumes from its newest checkpoint"
             )
         if silent > LOST_SECONDS:
             raise Lost(

@@ -46,11 +46,11 @@ def go_on_from_files(place: StoragePath | None, lost: Lost, shown: str, notify: 
     if place is None or not _is_visible(place):
         raise lost
     notify(str(lost))
-    notify(f"going on with {place / LOG}, which has its steps and evaluations, but no other output")
+    notify(f"continuing with {place / LOG}, which has its steps and evaluations, but no other output")
     try:
         return _Progress(place, shown, notify).to_end()
     except KeyboardInterrupt:
-        notify(f"\n{place}: runs on; look at it with: raysft status {place}")
+        notify(f"\n{place}: is still running; check on it with: raysft status {place}")
         return INTERRUPTED
 
 
@@ -94,8 +94,8 @@ class _Progress:
                     return 0
                 if alone_since is not None and now - alone_since > GONE_SECONDS:
                     raise RunFailed(
-                        f"{self._place}: is not done, and nobody has worked in it for {GONE_SECONDS / 60:.0f} minutes; submit "
-                        "it again, and it goes on from its newest checkpoint"
+                        f"{self._place}: is not done, and no process has worked in it for {GONE_SECONDS / 60:.0f} minutes; submit "
+                        "it again, and it resumes from its newest checkpoint"
                     )
             time.sleep(POLL_SECONDS if self._place.local else REMOTE_POLL_SECONDS)
 

@@ -141,7 +141,7 @@ def _understood(request: Callable[[], Answer]) -> Answer:
     except RequestError:  # which is a ValueError
         raise
     except (TypeError, ValueError) as error:
-        raise Unreachable(f"the answer is not that of a dashboard: {one_line(error)}") from None
+        raise Unreachable(f"the response is not from a dashboard: {one_line(error)}") from None
 
 
 class _Client(JobSubmissionClient):
@@ -158,7 +158,7 @@ class _Client(JobSubmissionClient):
         try:
             super().__init__(url, verify=authority or True)
         except FileNotFoundError:
-            raise RequestError(f"SSL_CERT_FILE={authority}: there is no such file; correct it, or unset it") from None
+            raise RequestError(f"SSL_CERT_FILE={authority}: no such file; correct it, or unset it") from None
 
     def _authorization(self) -> dict[str, str]:
         return {"Authorization": f"Bearer {self._token[0]}"} if self._token else {}
@@ -188,9 +188,9 @@ class _Client(JobSubmissionClient):
 
     def _refused(self, error: AuthenticationError) -> str:
         if self._token is None:
-            off = "RAY_AUTH_MODE=disabled forbids to send one; unset it, and " if _mode() == "disabled" else ""
-            return f"the cluster requires an access token, but there is none; {off}{HOW}"
-        return f"the cluster refuses the access token of {self._token[1]} ({one_line(error)}); {HOW}"
+            off = "RAY_AUTH_MODE=disabled forbids sending one; unset it, and " if _mode() == "disabled" else ""
+            return f"the cluster requires an access token, but none is set; {off}{HOW}"
+        return f"the cluster rejects the access token of {self._token[1]} ({one_line(error)}); {HOW}"
 
     def _check_connection_and_version_with_url(self, *arguments: Any, **options: Any) -> None:
         """Check nothing, as ``Jobs`` does it: Ray's way takes every server that answers in JSON for a cluster."""

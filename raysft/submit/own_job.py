@@ -52,13 +52,13 @@ def stop_own_job(url: str, code: int) -> None:
     try:
         job = own_job()
         if job is None:
-            raise RequestError("this process is no job of Ray")
+            raise RequestError("this process is not a Ray job")
         Jobs(url).stop(job)
         time.sleep(SIGNAL_SECONDS)
         reason = "no signal has come"
     except (RequestError, Unreachable, UnknownJob) as error:
         reason = one_line(error)
-    _say(f"raysft: the job could not be stopped ({reason}), so KubeRay will start it again")
+    _say(f"raysft: the job could not be stopped ({reason}), so KubeRay will restart it")
 
 
 def _say(line: str) -> None:

@@ -20,7 +20,7 @@ STOP_SECONDS = 290
 """Time between the signal that stops a job and its end by force: enough for a checkpoint."""
 CONFIG_NAME = "config.yaml"
 GIT_SECONDS = 10
-REMEDY = "use an absolute path that all nodes of the cluster see, or a URI"
+REMEDY = "use an absolute path that all nodes of the cluster can access, or a URI"
 MODULES_AT_HOME = re.compile(r"[A-Za-z0-9_-]+(/[A-Za-z0-9_.-]+)?$")
 """Metrics that are built in or on the Hub."""
 
@@ -92,11 +92,14 @@ def refuse_local(config: Config) -> None:
     """
     if config.scaling.address not in (None, "auto"):
         raise RequestError(
-            f"scaling.address={config.scaling.address}: a job runs on the cluster that it is sent to; remove scaling.address"
+            f"scaling.address={config.scaling.address}: a job runs on the cluster that it is submitted to; remove "
+            "scaling.address"
         )
     for key, value in relative_paths(config):
         what = (
-            "another folder on the cluster" if value.startswith("~") else "relative, but a job has a folder of its own"
+            "another folder on the cluster"
+            if value.startswith("~")
+            else "relative, but a job has its own working directory"
         )
         raise RequestError(f"{key}={value}: is {what}; {REMEDY}")
 

@@ -120,5 +120,5 @@ def _next(place: StoragePath, holder: str, state: str, other_model: bool) -> str
     if state == "done":
         return f"raysft report {place}"
     if other_model:
-        return "the command that started it, once more"
-    return "the command that started it goes on from the newest checkpoint"
+        return "run the command that started it again"
+    return "the command that started it resumes it from the newest checkpoint"

@@ -29,10 +29,10 @@ def stop_run(place: StoragePath, notify: Notify) -> None:
     with retry_for(FIRST_SECONDS, notify):
         holder = holder_of(place, notify)
     if not holder:
-        notify(f"{place}: nothing runs in it")
+        notify(f"{place}: no process is running in it")
         return
     request_stop(place, f"raysft stop on {socket.gethostname()}")
-    notify(f"{place}: {holder} is asked to save its work and end; waiting up to {WAIT_SECONDS / 60:.0f} min")
+    notify(f"{place}: {holder} was asked to save its work and end; waiting up to {WAIT_SECONDS / 60:.0f} min")
     limit, looked = time.monotonic() + WAIT_SECONDS, time.monotonic()
     with retry_for(FIRST_SECONDS, notify):
         while (place / STOP_FILE).exists():  # who ends removes it
@@ -43,7 +43,7 @@ def stop_run(place: StoragePath, notify: Notify) -> None:
                     break
             if time.monotonic() > limit:
                 raise RunFailed(
-                    f"{place}: has not ended {WAIT_SECONDS:.0f} s after it was asked to; look at {holder}, or end it there"
+                    f"{place}: has not ended {WAIT_SECONDS:.0f} s after it was asked to; check on {holder}, or end it there"
                 )
             time.sleep(POLL_SECONDS)
         checkpoint = newest_checkpoint(RunDirectory.of(place))

@@ -78,7 +78,7 @@ def _start_or_find(jobs: Jobs, request: JobRequest, notify: Notify) -> tuple[str
         mine = {number: job for job in known if (number := request.number(job.submission_id or "")) is not None}
         last = mine[max(mine)] if mine else None
         if last is not None and last.submission_id and not last.status.is_terminal():
-            notify(f"{last.submission_id}: is {last.status.value.lower()} already; nothing was submitted")
+            notify(f"{last.submission_id}: is already {last.status.value.lower()}; nothing was submitted")
             return last.submission_id, False
         if last is not None and last.submission_id and last.status == JobStatus.SUCCEEDED:
             notify(f"{last.submission_id}: is done (run directory {request.place}); another run.name starts a new run")
@@ -136,10 +136,10 @@ def follow_to_end(jobs: Jobs, job: str, notify: Notify, place: StoragePath | Non
             return go_on_from_files(place, lost, log.tail, notify)
         except KeyboardInterrupt:
             if stopping or not pressed_again(job):
-                notify(f"\n{job}: runs on; come back with: {come_back(job, jobs.url)}")
+                notify(f"\n{job}: is still running; come back with: {come_back(job, jobs.url)}")
                 return INTERRUPTED
             stopping = True
-            notify(f"\n{job}: is asked to stop; it has {STOP_SECONDS} s to write a checkpoint")
+            notify(f"\n{job}: was asked to stop; it has {STOP_SECONDS} s to write a checkpoint")
             with suppress(UnknownJob):  # its head has started anew, which following it tells
                 _ask(jobs, lambda: jobs.stop(job))
     notify(f"{job}: has {_ending(details, log.tail)}{_reason(details)}")
@@ -162,7 +162,7 @@ def job_status(address: str, job: str, notify: Notify) -> None:
     if not ended:
         notify(f"next: {come_back(job, jobs.url)}, or raysft stop {job} --to {jobs.url}")
     elif exit_code(details):
-        notify("next: the command that submitted it submits it again, and it goes on from its newest checkpoint")
+        notify("next: run the command that submitted it again, and it resumes from its newest checkpoint")
 
 
 def follow_job(address: str, job: str, notify: Notify) -> int:
@@ -183,7 +183,7 @@ def stop_job(address: str, job: str, notify: Notify) -> None:
         return
     with suppress(UnknownJob):  # from one request to the next; the next one tells
         _ask(jobs, lambda: jobs.stop(job))
-    notify(f"{job}: is asked to stop; it has {STOP_SECONDS} s to write a checkpoint")
+    notify(f"{job}: was asked to stop; it has {STOP_SECONDS} s to write a checkpoint")
     limit = time.monotonic() + STOPPED_SECONDS
     while not details.status.is_terminal():
         if time.monotonic() > limit:
@@ -198,8 +198,8 @@ def stop_job(address: str, job: str, notify: Notify) -> None:
             continue
         except UnknownJob:
             raise RunFailed(
-                f"{jobs.url} no longer knows {job}, so its head has started anew and the job has ended; submit it again, and "
-                "it goes on from its newest checkpoint"
+                f"{jobs.url} no longer knows {job}, so its head was restarted and the job has ended; submit it again, and it "
+                "resumes from its newest checkpoint"
             ) from None
     line = _last_line(jobs, job)
     notify(f"{job}: has {_ending(details)}" + (f"; its last line: {line}" if line else ""))
@@ -208,7 +208,7 @@ def stop_job(address: str, job: str, notify: Notify) -> None:
 def _jobs(address: str, job: str) -> Jobs:
     """Connect to the cluster of a job."""
     if job in ("", ".", ".."):  # in a URL they name no job, but the list of all
-        raise RequestError(f"{job!r} names no job; use the name that raysft submit prints")
+        raise RequestError(f"{job!r} is not a job name; use the name that raysft submit prints")
     return Jobs(dashboard_url(address))
 
 
@@ -246,7 +246,7 @@ def _ending(details: JobDetails, log: str = "") -> str:
         named = own_exit_code(log)
         return "been stopped" if named is None else f"ended with exit code {named}"
     if exit_code(details) == STOPPED_EARLY:
-        return f"stopped early (exit code {STOPPED_EARLY}); the same command goes on"
+        return f"stopped early (exit code {STOPPED_EARLY}); the same command resumes it"
     return f"failed with exit code {exit_code(details)}"
 
 

@@ -74,7 +74,7 @@ runs/r/diagnosis'
     alone = [one for one in reports if one.phase in ALONE]
     waiting = Counter(one.phase for one in reports if one.phase not in ALONE)
     parts = [
-        f"worker{'s' if len(silent) > 1 else ''} {_listed(silent)} {'do' if len(silent) > 1 else 'does'} not answer"
+        f"worker{'s' if len(silent) > 1 else ''} {_listed(silent)} {'do' if len(silent) > 1 else 'does'} not respond"
     ] * bool(silent)
     parts += [f"worker {one.rank} ({one.place}) {DOING[one.phase]}" for one in alone[:NAMED]]
     parts += [f"{len(alone) - NAMED} more likewise"] * (len(alone) > NAMED)
@@ -87,7 +87,7 @@ runs/r/diagnosis'
         else:
             parts.append(f"{count} {'others wait' if count > 1 else 'other waits'} in {phase}")
     shown = f"{seconds // 60} minutes" if seconds >= 120 else f"{seconds} s"
-    ending = "; the workers end and start again from the newest checkpoint" if any(one.ends for one in reports) else ""
+    ending = "; the workers will restart from the newest checkpoint" if any(one.ends for one in reports) else ""
     return f"no progress for {shown}: {'; '.join(parts)}; stacks: {folder}{ending}"
 
 

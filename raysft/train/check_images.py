@@ -46,11 +46,11 @@ def check_images(model: TokenLoss, processor: Any, device: torch.device, packed:
         difference = _difference(model, decoder, processor, device, packed)
     except Exception as error:  # of any type: the code of the model and of its processor decide
         raise RequestError(
-            f"{name} cannot be trained on images ({type(error).__name__}: {one_line(error)}); use another model, or data "
-            "of text alone"
+            f"{name} cannot be trained on images ({type(error).__name__}: {one_line(error)}); use another model, or text-only "
+            "data"
         ) from error
     if difference:
-        remedy = "set data.packing=false" if packed else "use another model, or data of text alone"
+        remedy = "set data.packing=false" if packed else "use another model, or text-only data"
         raise RequestError(
             f"{name} does not keep the examples of a row apart if they have images: hidden states differ by {difference:.2g} "
             f"from those of single examples; {remedy}"

@@ -81,7 +81,7 @@ def _check_routers(model: Any, config: Config) -> None:
         raise RequestError(f"{key} is for routers of experts, but {type(model).__name__} has none; remove it")
     if kind not in READABLE or not watchable_routers(model):
         raise RequestError(
-            f"{key} reads the routers of {', '.join(READABLE)}, but {type(model).__name__} has model_type={kind}; remove it"
+            f"{key} supports the routers of {', '.join(READABLE)}, but {type(model).__name__} has model_type={kind}; remove it"
         )
 
 
@@ -89,8 +89,9 @@ def _tell_frozen(model: Any, config: Config, notify: Callable[[str], None]) -> N
     """Name the weights of the projector that no module of peft's can hold."""
     if frozen := loose_weights(model, "projector"):
         notify(
-            f"model.train_parts names projector, but {', '.join(frozen):.200} stays frozen: adapters train whole modules, and it "
-            f"lies in none of the projector's; to train it, set model.finetuning to full or freeze, not {config.model.finetuning}"
+            f"model.train_parts names projector, but {', '.join(frozen):.200} stays frozen: adapters train whole modules, and "
+            "it is not part of any of the projector's; to train it, set model.finetuning to full or freeze, not "
+            f"{config.model.finetuning}"
         )
 
 
@@ -127,20 +128,20 @@ def check_shared_rows(config: Config, hf_config: Any) -> None:
     if isinstance(heads, int) and heads % size:
         divisors = ", ".join(str(each) for each in range(2, heads + 1) if heads % each == 0)
         raise RequestError(
-            f"{named} divides the model's query heads, of which it has {heads}; use one of {divisors}, or 1"
+            f"{named} must divide the number of the model's query heads, which is {heads}; use one of {divisors}, or 1"
             if heads > 1
-            else f"{named} divides the model's query heads, but it has one; use scaling.sequence_parallel=1"
+            else f"{named} must divide the number of the model's query heads, which is 1; use scaling.sequence_parallel=1"
         )
     kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     made: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None)
     more = f"layers of type {', '.join(sorted(kinds))}" if kinds else ""
     if made is not None and not more:
         recurrent, own = is_recurrent(made), not supports_registered_attention(made)
-        more = "a recurrent state" if recurrent else "an attention of its own, as for sinks or ALiBi" if own else ""
+        more = "a recurrent state" if recurrent else "its own attention, as for sinks or ALiBi" if own else ""
     if more:
         raise RequestError(
-            f"{named} exchanges heads in plain attention alone, but the model ({text.model_type}) has {more}; "
-            "use scaling.sequence_parallel=1, or another model"
+            f"{named} supports only plain attention, but the model ({text.model_type}) has {more}; use "
+            "scaling.sequence_parallel=1, or another model"
         )
     scaling = getattr(text, "rope_parameters", None) or {}
     types = {each.get("rope_type") for each in (scaling, *scaling.values()) if isinstance(each, dict)}
@@ -150,7 +151,7 @@ def check_shared_rows(config: Config, hf_config: Any) -> None:
     if by_length := types & set(BY_LENGTH):
         raise RequestError(
             f"{named} computes slices of rows, but the model's {by_length.pop()} positions depend on the length of whole rows; "
-            "use scaling.sequence_parallel=1, or another scaling of positions"
+            "use scaling.sequence_parallel=1, or another RoPE scaling"
         )
 
 
@@ -178,8 +179,8 @@ def _check_experts(model: str, hf_config: Any) -> None:
     check_kernel(on_this_machine=False)
     if method := method_of(hf_config):
         raise RequestError(
-            f"model.experts=kt computes with bfloat16 weights, but model.path={model} is quantized ({method}); use the model that "
-            "it was made from, or set model.experts=auto"
+            f"model.experts=kt computes with bfloat16 weights, but model.path={model} is quantized ({method}); use the model "
+            "that it was quantized from, or set model.experts=auto"
         )
 
 
@@ -196,6 +197,6 @@ def _check_quantized(model: str, hf_config: Any, config: Config) -> None:
     check_method(f"model.path={model}", method, config)
     if config.train.zero_stage == 3 and is_in_8_bits(hf_config):
         raise RequestError(
-            f"model.path={model} is quantized in 8 bits, of which bitsandbytes keeps whole weights on each worker, but "
-            "train.zero_stage=3 partitions; set train.zero_stage=2, or use a model of 4 bits"
+            f"model.path={model} is quantized to 8 bits, for which bitsandbytes keeps whole weights on each worker, but "
+            "train.zero_stage=3 partitions them; set train.zero_stage=2, or use a 4-bit model"
         )

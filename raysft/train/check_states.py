@@ -85,7 +85,7 @@ def check_rows(loss: TokenLoss, device: torch.device, rows: int, remedy: str) ->
     ids = torch.arange(16, device=device)[None].expand(rows, -1) % 13
     other = ids.clone()
     other[:, :8] += 13
-    fault = "does not keep the examples of a row apart: changing one changes hidden states of the next"
+    fault = "does not keep the examples of a row apart: changing one changes the hidden states of the next"
     _refuse_difference(loss, ids, other, positions, slice(8, None), fault, remedy)
 
 
@@ -119,8 +119,8 @@ def check_slices(loss: TokenLoss, device: torch.device, group: SequenceGroup) ->
     dist.all_reduce(difference, dist.ReduceOp.MAX)  # the first slice of a row may be right alone
     if difference:
         raise RequestError(
-            f"{type(model).__name__} computes other hidden states for slices of a row, by {difference:.2g}, than for the whole "
-            f"row, so scaling.sequence_parallel={group.size} would train it wrongly; {REMEDY}"
+            f"{type(model).__name__} computes different hidden states for slices of a row than for the whole row (by "
+            f"{difference:.2g}), so scaling.sequence_parallel={group.size} would train it wrongly; {REMEDY}"
         )
 
 

@@ -142,7 +142,7 @@ def given_settings(config: Config) -> Mapping[str, Any]:
         raise RequestError(f"train.deepspeed={given}: cannot be read as JSON ({reason}); fix the file") from None
     if not isinstance(read, dict):
         raise RequestError(
-            f"train.deepspeed={given}: holds no JSON object; use a file with DeepSpeed's settings by name"
+            f"train.deepspeed={given}: does not contain a JSON object; use a file that maps names to DeepSpeed settings"
         )
     refuse_secrets(read, lambda place: f"train.deepspeed={given}")
     return read
@@ -156,7 +156,7 @@ def _merged(ours: Mapping[str, Any], given: Mapping[str, Any], where: str) -> di
         if where == "train.deepspeed" and key in OURS:
             raise RequestError(f"{path} is set by raysft (train.optimizer, train.schedule, data); remove it")
         if where == "train.deepspeed" and key in INSTEAD:
-            raise RequestError(f"{path} does nothing here; remove it, or set {INSTEAD[key]} instead")
+            raise RequestError(f"{path} has no effect here; remove it, or set {INSTEAD[key]} instead")
         if value == "auto":
             continue
         if isinstance(value, Mapping) and isinstance(ours.get(key, {}), Mapping):

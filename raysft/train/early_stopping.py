@@ -43,11 +43,11 @@ def not_comparable(train: TrainSection, cursor: Cursor, identity: Mapping[str, s
     if best is None:
         return ""
     if (best.metric, best.lowest) != (train.best_metric, train.lowest_is_best):
-        return "another metric or direction decides now"
+        return "a different metric or direction now decides"
     if cursor.identity.get(EVALUATION) != identity.get(EVALUATION):
-        return "other data is evaluated now"
+        return "different data is now evaluated"
     if train.best_metric.startswith("predict_") and cursor.identity.get(PREDICTION) != identity.get(PREDICTION):
-        return "other prompts or settings of generate decide the answers now"
+        return "different prompts or generate settings now determine the predictions"
     return ""
 
 

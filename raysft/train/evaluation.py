@@ -73,7 +73,7 @@ def evaluate(
     loss, correct, tokens = totals.tolist()
     if not tokens:
         raise RunFailed(
-            f"evaluation set {name!r} has no loss token; remove the set, or give examples with assistant messages"
+            f"evaluation set {name!r} has no loss tokens; remove the set, or add examples with assistant messages"
         )
     seconds = time.perf_counter() - started
     return Evaluation(name, step, loss / tokens, correct / tokens, int(tokens), seconds, examples, steps)

@@ -151,7 +151,7 @@ class EventPump:
                     return
                 silent = self._silent_minutes
                 if silent and time.monotonic() - self._heard > 60 * silent:
-                    self._break(RunFailed(f"no sign of life from the workers for {silent:g} minutes; {RESUME}"))
+                    self._break(RunFailed(f"no heartbeat from the workers for {silent:g} minutes; {RESUME}"))
                     return
                 continue
             except RayError:

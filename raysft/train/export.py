@@ -64,8 +64,8 @@ class Exporter:
             if not exists[0]:
                 self._emit(
                     Waiting(
-                        f"{self._run.best}: the best model, after step {best.step}, is missing; "
-                        "choosing among the evaluations from here on"
+                        f"{self._run.best}: the best model, after step {best.step}, is missing; it will be chosen among later "
+                        "evaluations"
                     )
                 )
         dist.broadcast_object_list(exists, src=0)
@@ -159,7 +159,7 @@ class Exporter:
                     send(sent[1], self._best_folder(sent[0]))
                     self._remove_others(sent[0])
             except (StorageFailed, OSError) as error:
-                self._emit(Waiting(f"the best model stays on this node until the end of the training: {error}"))
+                self._emit(Waiting(f"the best model stays on this node until the end of training: {error}"))
 
     def _best_folder(self, step: int) -> StoragePath:
         """Folder of the best model from a step. It carries the step, so that a checkpoint never takes another model for its

@@ -164,7 +164,7 @@ def check_names(model: nn.Module, config: Config) -> None:
 
 def _experts(modules: Collection[str]) -> str:
     """What to name in place of single experts, and of their matrices, which are no modules of most models."""
-    return " (experts for those of all experts)" if any(name.endswith(f".{EXPERTS}") for name in modules) else ""
+    return " (experts for all expert weights)" if any(name.endswith(f".{EXPERTS}") for name in modules) else ""
 
 
 def _check_vocabulary(model: Any, config: Config, section: Any) -> None:
@@ -173,8 +173,8 @@ def _check_vocabulary(model: Any, config: Config, section: Any) -> None:
         for target in () if section.target == "all" else section.target:
             if f".{name}".endswith(f".{target}"):
                 raise RequestError(
-                    f"model.{config.model.finetuning}.target names {target!r}, but model.new_tokens has it trained in full; "
-                    "remove it from the target"
+                    f"model.{config.model.finetuning}.target names {target!r}, but model.new_tokens trains it in full; remove "
+                    "it from the target"
                 )
 
 
@@ -222,7 +222,7 @@ def _check_adapter(model: Any, config: Config, section: Any) -> None:
     except (ValueError, TypeError) as error:
         key = "extra_modules" if section.extra_modules and "modules_to_save" in str(error) else "target"
         raise RequestError(
-            f"model.{kind}.{key}={as_yaml(getattr(section, key))} is refused by peft ({one_line(error)}); name other modules"
+            f"model.{kind}.{key}={as_yaml(getattr(section, key))} is rejected by peft ({one_line(error)}); name other modules"
         ) from None
     parameters = getattr(adapter_config, "target_parameters", None) or ()
     for key in ("dropout", "dora", "pissa") if parameters else ():
@@ -266,8 +266,8 @@ def _check_parts(model: Any, config: Config, adapter: str) -> None:
     if trains != set(wanted):
         there = as_yaml([each for each in get_args(Part) if each in trains])
         raise RequestError(
-            f"model.adapters: {adapter} trains {there}, which stays as it is, but model.train_parts={as_yaml(wanted)}; "
-            f"set model.train_parts={there}, or model.new_adapter=true"
+            f"model.adapters: {adapter} trains {there}, which cannot change, but model.train_parts={as_yaml(wanted)}; set "
+            f"model.train_parts={there}, or model.new_adapter=true"
         )
 
 

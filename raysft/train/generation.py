@@ -152,7 +152,7 @@ class StepGenerations:
             if needed:
                 raise failure
             fact, _, _ = str(failure).partition(";")
-            self._emit(GenerationNotice(cursor.step, f"{fact}; the training goes on without them"))
+            self._emit(GenerationNotice(cursor.step, f"{fact}; training continues without them"))
             return {}
         pauses = self._job.generation_pauses
         self._ask(cursor.step, pauses)
@@ -164,7 +164,7 @@ class StepGenerations:
         if needed and state.status is Status.FAILED:
             raise RunFailed(
                 f"train.best_metric={self._job.config.train.best_metric} needs predictions after step {cursor.step}, but "
-                f"{state.failure}; the same command tries again"
+                f"{state.failure}; run the same command to try again"
             )
         return state.results
 
@@ -201,8 +201,8 @@ class StepGenerations:
             self._emit(
                 GenerationNotice(
                     self._asked.step,
-                    f"not finished yet, so the training waits for them after step {cursor.step}, where the next are due (this is "
-                    "said only once; if training waits too long, raise generate.every_steps)",
+                    f"not finished yet, so training waits for them after step {cursor.step}, when the next are due (shown only "
+                    "once; if training waits too long, raise generate.every_steps)",
                 )
             )
         return self._wait(cursor) is not None

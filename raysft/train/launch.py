@@ -142,9 +142,9 @@ def _saved(run: RunDirectory, step: int | None) -> str:
                 if newest
                 else "; there is no checkpoint"
             )
-        before = f" {request.until - now:.0f} s before the machine goes" if request.until is not None else ""
+        before = f" {request.until - now:.0f} s before the machine is taken away" if request.until is not None else ""
         return f"; checkpoint written{before}"
-    return "; the storage of its checkpoints does not answer"
+    return "; the storage of its checkpoints does not respond"
 
 
 def _trainer(

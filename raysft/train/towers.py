@@ -42,7 +42,7 @@ class Towers:
         decoder = whole.base_model
         if not hasattr(decoder, "get_image_features"):
             raise RunFailed(
-                f"{type(whole).__name__} takes no images, but the data has some; use a model for text and images"
+                f"{type(whole).__name__} does not accept images, but the data has some; use a vision-language model"
             )
         part = part_of(whole)
         trained = any(weight.requires_grad and part(name) != "language" for name, weight in whole.named_parameters())

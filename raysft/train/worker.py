@@ -91,8 +91,8 @@ def check_alone(config: Config, together: int) -> None:
     """
     if config.model.experts == "kt" and together > 1:
         raise RequestError(
-            f"model.experts=kt takes one worker on each node, but {together} have come to the same; use scaling.placement=spread, "
-            "or fewer workers (scaling.num_workers)"
+            f"model.experts=kt needs one worker per node, but {together} are on the same one; use scaling.placement=spread, or "
+            "fewer workers (scaling.num_workers)"
         )
 
 

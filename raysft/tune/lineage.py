@@ -38,7 +38,8 @@ def adopt(run: StoragePath, other: StoragePath, step: int) -> None:
     checkpoint = next((folder for folder in complete if Cursor.read(folder).step == step), None)
     if checkpoint is None:
         raise RunFailed(
-            f"{other}: the checkpoint after step {step} is gone, so {run.name} cannot go on from it; raise train.keep_last"
+            f"{other}: the checkpoint after step {step} no longer exists, so {run.name} cannot continue from it; raise "
+            "train.keep_last"
         )
     before = list((run / "checkpoints").entries())
     _copy(checkpoint, run / "checkpoints" / checkpoint.name)

@@ -135,7 +135,7 @@ class OptunaStudy:
             trial = make_trial(self._config, values)
             self._accept(trial.config)
         except RequestError as error:
-            self._notify(f"tune: what Optuna suggested cannot run, so it is asked again: {error}")
+            self._notify(f"tune: Optuna's suggestion cannot run, so it is asked again: {error}")
             trial = None
         if trial is None or trial.name in self._numbers:
             self._study.tell(suggested.number, state=optuna.trial.TrialState.FAIL)

@@ -89,7 +89,7 @@ class Recorder(ray.tune.Callback):
             started = replace(started, step=earlier.step, metrics=earlier.metrics, parent=earlier.parent)
         changes = {"values": json.loads(given["values"]), "state": "running", "reason": "", "ended": None}
         started = self._keep(self._record.update(started, **changes))
-        self._say(f"{'goes on' if known else 'started'}: {_shown(started)}")
+        self._say(f"{'resumed' if known else 'started'}: {_shown(started)}")
 
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
         """A trial reports an evaluation, or the results of its whole run."""
@@ -114,7 +114,7 @@ class Recorder(ray.tune.Callback):
     def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """A trial has failed, and starts again."""
         failed = self._update(trial, {}, reason=str(_error(trial)))
-        Terminal().line(f"failed, and starts again: {_shown(failed)} | {failed.reason}")
+        Terminal().line(f"failed, and restarts: {_shown(failed)} | {failed.reason}")
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """A trial has failed for good."""
@@ -183,7 +183,7 @@ def reason_of(error: Any) -> Exception:
     if isinstance(error, RequestError | RunFailed):
         return error
     if isinstance(error, RayActorError):
-        return RunFailed("the trial's process died (it was killed, its machine failed, or it had no memory left)")
+        return RunFailed("the trial's process died (it was killed, its machine failed, or it ran out of memory)")
     if isinstance(error, str):
         # If Tune has no error object, it gives the text of the traceback, which ends with the error.
         return RunFailed(one_line(error.strip().rpartition("\n")[2]))

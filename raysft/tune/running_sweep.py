@@ -140,18 +140,18 @@ class Sweep:
             raise KeyboardInterrupt  # Tune has handled a signal and returned
         if left := self.total - ended if time_over else 0:
             terminal.line(
-                f"tune.max_minutes={config.tune.max_minutes} is over, and {left} of {self.total} trials have not ended; "
-                "start the same command again to go on with them"
+                f"tune.max_minutes={config.tune.max_minutes} is over, and {left} of {self.total} trials have not ended; run "
+                "the same command again to continue with them"
             )
         best, first_error = self._show(records, over=not left), next(iter(errors.values()), None)
         if best is None:
             nothing = (
-                f"no trial has ended within tune.max_minutes={config.tune.max_minutes}; start the same command again"
+                f"no trial has ended within tune.max_minutes={config.tune.max_minutes}; run the same command again"
             )
             raise first_error or RunFailed(nothing if left else f"no trial gave a finite {config.tune.metric}")
         if errors:
             raise RunFailed(
-                f"{len(errors)} of {len(trials)} trials failed ({first_error}); best.yaml is the best of the others; start the "
+                f"{len(errors)} of {len(trials)} trials failed ({first_error}); best.yaml is the best of the others; run the "
                 "same command again to retry the failed ones"
             )
         return best
@@ -193,7 +193,7 @@ class Sweep:
             return None
         print_ranking(config, ranking, terminal)
         model = provide_model(config, ranking[0])
-        terminal.line(f"best model: {model or 'none is left; raysft run with best.yaml trains it'}")
+        terminal.line(f"best model: {model or 'none is left; to train it, use raysft run with best.yaml'}")
         remove_weights(config, records, over)
         best = write_best(config.run_directory, config, ranking[0])
         terminal.line(f"page: {config.run_place / write_sweep_page(RunDirectory.of(config.run_place)).name}")

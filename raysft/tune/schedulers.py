@@ -100,7 +100,7 @@ def make_scheduler(config: Config, first: int, steps: int, concurrent: int) -> A
         scheduler = _scheduler_class(tune.scheduler)(**{**shared, **tune.scheduler_options})
     except (AssertionError, TypeError, ValueError) as error:
         raise RequestError(
-            f"tune.scheduler_options={tune.scheduler_options}: {tune.scheduler} refuses them ({error}); correct the values"
+            f"tune.scheduler_options={tune.scheduler_options}: {tune.scheduler} rejects them ({error}); correct the values"
         ) from None
     if tune.scheduler == "pbt":
         scheduler.concurrent = concurrent

@@ -167,8 +167,8 @@ def _check_search(config: Config, found: Sequence[Dimension]) -> None:
                 )
         if tune.num_samples is not None:
             raise RequestError(
-                f"tune.num_samples={tune.num_samples} does nothing with tune.search=grid, which tries all {size:g} combinations; "
-                "remove it, or set tune.search=random"
+                f"tune.num_samples={tune.num_samples} has no effect with tune.search=grid, which tries all {size:g} "
+                "combinations; remove it, or set tune.search=random"
             )
     elif tune.num_samples is None:
         raise RequestError(f"tune.search={tune.search} needs tune.num_samples, but it is null; set it")

@@ -154,7 +154,7 @@ class Trainable(ray.tune.Trainable):
             with suppress(queue.Empty):
                 if self._saved.get(timeout=min(left, POLL_SECONDS)) == self._asked:
                     return Saved(place)
-        raise RunFailed(f"no checkpoint was saved after step {self._asked}, so no other trial can go on from it")
+        raise RunFailed(f"no checkpoint was saved after step {self._asked}, so no other trial can continue from it")
 
     def restore(self, checkpoint_path: Any) -> None:
         """Go on from another trial's checkpoint; a trial's own run goes on from its newest one by itself.

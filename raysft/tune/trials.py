@@ -177,8 +177,8 @@ def with_engines(config: Config, nodes: Sequence[Node]) -> Config:
         engines = config.generate.num_actors or min(trial_cpus, max(1, nodes_with_cpu))
         if engines > sum(whole_cpus) - 1:
             raise RequestError(
-                f"generation in a trial needs {engines} whole CPUs beside {TRIAL_CPUS:g} for the trial's own process, but the "
-                f"cluster has {sum(whole_cpus)}; set generate.enabled=false, or add CPUs"
+                f"generation in a trial needs {engines} whole CPUs in addition to {TRIAL_CPUS:g} for the trial's own process, "
+                f"but the cluster has {sum(whole_cpus)}; set generate.enabled=false, or add CPUs"
             )
     return with_overrides(config, {"generate.num_actors": engines})
 

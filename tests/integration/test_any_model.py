@@ -207,7 +207,7 @@ def test_a_trained_run_generates_for_a_training_source(folder, capsys):
     capsys.readouterr()
     arguments = ["generate", str(folder / "c.yaml"), "run.name=trained", f"generate.model={folder}/base"]
     assert main(arguments) == 2
-    assert "belongs to a training, but generate.model=" in capsys.readouterr().err
+    assert "belongs to a training run, but generate.model=" in capsys.readouterr().err
 
 
 def test_a_model_of_the_hub_is_taken_from_its_cache(folder, other, monkeypatch):
@@ -228,7 +228,7 @@ def test_a_model_of_the_hub_is_taken_from_its_cache(folder, other, monkeypatch):
 
 def test_what_cannot_be_is_refused_before_anything_starts(folder, other, adapter, tmp_path, capsys):
     told = refused(folder, capsys)
-    assert "holds no trained model; train first (raysft train CONFIG), or set generate.model to any model" in told
+    assert "contains no trained model; train first (raysft train CONFIG), or set generate.model to any model" in told
     assert "did you mean 'quiz'?" in refused(folder, capsys, f"generate.model={other}", "generate.sources=[quitz]")
     told = refused(folder, capsys, f"generate.model={other}", verb="run")
     assert f"but generate.model={other}; remove generate.model, or use raysft generate" in told

@@ -185,7 +185,7 @@ def test_a_job_that_is_stopped_has_more_than_rays_three_seconds_to_save_its_work
         time.sleep(0.2)
     # The same config attaches to it, and another one may not use its run directory.
     submit = ("submit", "tiny.yaml", "--to", cluster.dashboard, "--no-follow", "run.name=long")
-    assert done(cluster, *submit)[1].startswith(f"{name}: is running already; nothing was submitted\n")
+    assert done(cluster, *submit)[1].startswith(f"{name}: is already running; nothing was submitted\n")
     code, _, errors = done(cluster, *submit, "train.epochs=2")
     assert code == 2
     assert f"{name} is running with another config" in errors
@@ -248,7 +248,7 @@ def test_a_node_that_gets_sigterm_and_30_seconds_later_sigkill_loses_nothing_of_
     assert driver.returncode == 75, output + error
     assert in_time
     assert re.search(
-        r"the driver's node [0-9a-f]{8} is drained: the run ends as soon as its work is saved, \d+ s before", output
+        r"the driver's node [0-9a-f]{8} is drained: the run will end as soon as its work is saved, \d+ s before", output
     )
     checkpoint = newest(run / "checkpoints")
     assert checkpoint

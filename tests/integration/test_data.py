@@ -455,8 +455,8 @@ def test_duplicates_and_a_number_of_held_out_examples_are_the_same_on_a_cluster(
     assert 11 <= repeated <= 20
     assert main(["check", str(tmp_path / "here.yaml")]) == 0
     printed = capsys.readouterr().out
-    assert f"{repeated} of {100 - held_out} training examples repeat another one" in printed
+    assert f"{repeated} of {100 - held_out} training examples are duplicates of another one" in printed
     assert "1 without an answer" in printed
     assert f"{trained_on} of 16 examples of evaluation set 'e' are trained on" in printed
     assert main(["check", str(tmp_path / "here.yaml"), "data.duplicates=drop"]) == 0
-    assert "training examples are left out, as they repeat another one" in capsys.readouterr().out
+    assert "training examples are dropped as duplicates of another one" in capsys.readouterr().out

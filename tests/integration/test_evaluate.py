@@ -193,7 +193,7 @@ def test_before_and_after_a_training_a_model_has_the_numbers_of_the_training(fol
     capsys.readouterr()
     arguments = ["evaluate", str(folder / "c.yaml"), "run.name=trained", f"evaluate.model={folder}/base"]
     assert main(arguments) == 2
-    assert "belongs to a training, but evaluate.model=" in capsys.readouterr().err
+    assert "belongs to a training run, but evaluate.model=" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == files
 
 
@@ -306,7 +306,7 @@ def test_records_without_an_answer_are_counted_and_have_no_loss(folder, other, c
     assert results["eval_loss"] == pytest.approx(evaluate(folder, "other", f"evaluate.model={other}")["eval_loss"])
     out = capsys.readouterr().out
     assert "2 without an answer" in out
-    assert "evaluation: prompts is left out, as none of its examples has an answer" in out
+    assert "evaluation: prompts is skipped, because none of its examples has an answer" in out
     told = refused(folder, capsys, f"evaluate.model={other}", f"data.eval=[{alone}]")
     assert "no example of prompts has an answer to evaluate; name other sources in data.eval" in told
 

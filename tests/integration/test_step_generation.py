@@ -100,7 +100,7 @@ def beside(uninterrupted) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "where"), [("beside", "by 1 engine beside the training"), ("between", "between two steps")]
+    ("name", "where"), [("beside", "by 1 engine alongside training"), ("between", "between two steps")]
 )
 def test_predictions_of_a_step_are_those_of_its_model_and_change_no_weight(folder, uninterrupted, name, where):
     settings = WAYS[name]
@@ -252,7 +252,7 @@ def test_scores_that_cannot_be_compared_with_later_ones_are_made_again(folder, c
     best = ["train.keep_best=true", "train.best_metric=predict_chrf"]
     capsys.readouterr()
     assert main([*command, "generate.every_steps=2", *best]) == 0
-    told = [line for line in capsys.readouterr().out.splitlines() if "does not count any more" in line]
+    told = [line for line in capsys.readouterr().out.splitlines() if "no longer counts" in line]
     assert len(told) == (name == "other-answers")
     assert all("step 4 with predict_chrf=" in line and "settings of generate" in line for line in told)
     place = folder / "runs" / name
@@ -297,7 +297,7 @@ def test_a_training_that_needs_scores_ends_with_a_checkpoint_where_there_are_non
     printed = capsys.readouterr()
     [line] = printed.err.splitlines()[-1:]
     assert "out of memory" in line
-    assert "goes on without" not in printed.out
+    assert "continues without" not in printed.out
     assert "train.best_metric" in line
     monkeypatch.undo()
     assert main(command) == 0
@@ -366,8 +366,8 @@ def test_engines_that_find_no_room_generate_while_the_training_pauses(folder, be
     finally:
         ray.kill(other)
     printed = capsys.readouterr().out
-    assert "after every 3 steps, 2 times, by 1 engine beside the training" in printed
-    assert "predictions after step 3: no engine found room beside the workers" in printed
+    assert "after every 3 steps, 2 times, by 1 engine alongside training" in printed
+    assert "predictions after step 3: no engine found room next to the workers" in printed
     found = generations(paused)
     assert sorted(found) == [3, 6]
     assert scores(found[6]) == scores(generations(beside)[6])

@@ -107,7 +107,10 @@ def test_what_is_stopped_in_each_way_and_goes_on_is_the_run_left_alone(folder, a
         f"raysft: stopped after step {step}: alice needs the machine; checkpoint written; run the same command again to "
         "resume\n"
     )
-    assert "alice needs the machine: the run ends as soon as its work is saved; Ctrl-C or SIGTERM once more" in said.out
+    assert (
+        "alice needs the machine: the run will end as soon as its work is saved; press Ctrl-C or send SIGTERM again"
+        in said.out
+    )
     assert step < STEPS
     assert not (run / "stop").exists()
     assert not (run / "model").exists()

@@ -214,8 +214,8 @@ def test_a_trial_that_fails_is_one_line_and_the_others_count(sweep, capsys):
     assert line.startswith("raysft: failed: 1 of 3 trials failed (step ")
     assert "best.yaml is the best of the others" in line
     assert "3 trials, 2 at a time, 2 done before" in shown.out
-    assert (shown.out.count("started: "), shown.out.count("goes on: ")) == (1, 1)
-    assert shown.out.count("failed, and starts again: train.learning_rate=1e+30 | step ") == 1
+    assert (shown.out.count("started: "), shown.out.count("resumed: ")) == (1, 1)
+    assert shown.out.count("failed, and restarts: train.learning_rate=1e+30 | step ") == 1
     last = list(read_jsonl(sweep.with_name("fails") / "trials.jsonl"))[-1]
     assert (last["values"], last["state"], last["number"]) == ({"train.learning_rate": 1e30}, "failed", 2)
     assert last["reason"] in line

@@ -119,9 +119,7 @@ def gone_on(folder, asked) -> Call:
 
 def test_a_sweep_whose_time_is_over_says_what_is_left(out_of_time):
     assert out_of_time.code == 1
-    assert (
-        "tune.max_minutes=0.0001 is over, and 3 of 3 trials have not ended; start the same command" in out_of_time.out
-    )
+    assert "tune.max_minutes=0.0001 is over, and 3 of 3 trials have not ended; run the same command" in out_of_time.out
     assert "no trial has ended" in out_of_time.err
     assert not {"best.yaml", "best_model"} & out_of_time.files
 

@@ -180,7 +180,7 @@ def test_a_loss_of_routers_needs_routers(rows):
 
 def test_a_loss_of_routers_that_cannot_be_read_is_refused(rows, tmp_path):
     model = tiny_mixture(tmp_path / "phimoe", "phimoe", num_local_experts=4)
-    with pytest.raises(RequestError, match=r"reads the routers of deepseek_v2, .* has model_type=phimoe; remove it"):
+    with pytest.raises(RequestError, match=r"supports the routers of deepseek_v2, .* has model_type=phimoe; remove it"):
         check_model(make_config(rows[0], model, {"train.router_aux_loss_coef": 0.1}), str(model))
 
 
@@ -242,7 +242,7 @@ def test_single_experts_are_named_as_experts(rows):
     for target in ("w1", "mlp.experts.0.gate_proj"):
         config = make_config(rows[0], rows[0] / "mixtral", {"model.lora.target": [target]}, finetuning="lora")
         said = refusal(check_model, config, str(rows[0] / "mixtral"))
-        assert holds(said, f"model.lora.target names '{target}' … no such module; … (experts for those of all experts)")
+        assert holds(said, f"model.lora.target names '{target}' … no such module; … (experts for all expert weights)")
 
 
 class OfOneKind(PackedDataset):

@@ -148,7 +148,7 @@ def test_a_checkpoint_of_8_bits_is_refused_where_its_weights_would_be_partitione
     if stage == 2:
         check_model(chosen, str(tmp_path))
         return
-    with pytest.raises(RequestError, match=r"is quantized in 8 bits, .*train.zero_stage=3 .*set train.zero_stage=2"):
+    with pytest.raises(RequestError, match=r"is quantized to 8 bits, .*train.zero_stage=3 .*set train.zero_stage=2"):
         check_model(chosen, str(tmp_path))
 
 

@@ -55,13 +55,13 @@ PHI = {**LONGROPE, "short_mscale": 1.0, "long_mscale": 1.2}
         (
             "llama",
             {"num_attention_heads": 6, "num_key_value_heads": 3},
-            "heads, of which it has 6; use one of 2, 3, 6, or 1",
+            "heads, which is 6; use one of 2, 3, 6, or 1",
         ),
         ("phimoe", {"num_attention_heads": 8, "num_key_value_heads": 4, "rope_parameters": PHI}, "longrope positions"),
         ("qwen3_next", {}, "layers of type linear_attention"),
         ("mamba", {}, "layers of type linear_attention"),
-        ("gpt_oss", {}, "an attention of its own, as for sinks"),
-        ("bloom", {}, "an attention of its own, as for sinks or ALiBi"),
+        ("gpt_oss", {}, "its own attention, as for sinks"),
+        ("bloom", {}, "its own attention, as for sinks or ALiBi"),
     ],
 )
 def test_a_model_whose_rows_workers_cannot_share_is_refused(model_type, settings, message):

@@ -470,7 +470,7 @@ def test_settings_of_deepspeed_are_merged_from_a_mapping_or_a_file(tmp_path):
         ({"optimizer": {"type": "Adam"}}, "train.deepspeed.optimizer is set by raysft"),
         (
             {"sequence_parallel_size": 2},
-            "train.deepspeed.sequence_parallel_size does nothing here; remove it, or set scaling.",
+            "train.deepspeed.sequence_parallel_size has no effect here; remove it, or set scaling.",
         ),
         ({"activation_checkpointing": {"cpu_checkpointing": True}}, "train.offload.activations"),
         ("missing.json", "cannot be read as JSON (No such file or directory)"),

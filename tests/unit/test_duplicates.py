@@ -186,17 +186,17 @@ def test_the_plan_counts_duplicates_and_warns_of_them(tmp_path, model):
     assert recorded["evaluation"]["e"]["counts"] == {"repeated": 1, "trained_on": 2}
     (line,) = [line for line in plan.lines() if line.startswith("duplicates: ")]
     assert line == (
-        "duplicates: 2 of 8 training examples repeat another one, 2 of 4 evaluation examples are trained on"
+        "duplicates: 2 of 8 training examples are duplicates of another one, 2 of 4 evaluation examples are trained on"
     )
-    assert "1 that repeat another one, 1 that are evaluated on" in plan.lines()[0]
+    assert "1 that are duplicates, 1 that are evaluated on" in plan.lines()[0]
     leak, copies = (warning for warning in plan.warnings if "data.duplicates=drop" in warning)
     assert leak.startswith("2 of 4 examples of evaluation set 'e' are trained on")
-    assert copies.startswith("2 of 8 training examples repeat another one")
+    assert copies.startswith("2 of 8 training examples are duplicates of another one")
     dropped = data(tmp_path, duplicates="drop")
     plan = planned(dropped, prepare(dropped, model))
     assert plan.examples == plan.rows == 4
     assert [line for line in plan.lines() if line.startswith("duplicates: ")] == [
-        "duplicates: 4 of 8 training examples are left out, as they repeat another one (2) or are evaluated on (2)"
+        "duplicates: 4 of 8 training examples are dropped as duplicates of another one (2) or are evaluated on (2)"
     ]
     assert [warning for warning in plan.warnings if "data.duplicates" in warning] == []
 

@@ -183,14 +183,14 @@ def test_engines_at_work_do_not_hide_that_the_workers_are_lost(monkeypatch):
             it.post.put(EngineAlive(1), 1)
             time.sleep(0.2)
     assert isinstance(it.pump.broken, RunFailed)
-    assert "no sign of life from the workers" in str(it.pump.broken)
+    assert "no heartbeat from the workers" in str(it.pump.broken)
 
 
 @pytest.mark.parametrize(
     ("saved", "until", "line"),
     [
         ([4, 7], None, "; checkpoint written"),
-        ([4, 7], 21.5, "; checkpoint written 21 s before the machine goes"),
+        ([4, 7], 21.5, "; checkpoint written 21 s before the machine is taken away"),
         ([4], 21.5, "; the newest checkpoint is that of step 4"),
         ([], None, "; there is no checkpoint"),
     ],

@@ -166,7 +166,7 @@ def test_a_checkpoint_that_its_run_removes_meanwhile_is_one_line(run, model, tmp
         monkeypatch.setattr(exportable, "_job", removed)
         said = refused(capsys, (place / "checkpoints" / "2").location, "--output", str(tmp_path / "out"))
     assert said.startswith(
-        f"raysft: error: {place}/checkpoints/checkpoint_00000002_abcd: its run removed it while it was"
+        f"raysft: error: {place}/checkpoints/checkpoint_00000002_abcd: its run deleted it during the export"
     )
     assert said.endswith(f"; export {place}/checkpoints/4, the newest other one")
     assert not (tmp_path / "out").exists()
@@ -175,9 +175,7 @@ def test_a_checkpoint_that_its_run_removes_meanwhile_is_one_line(run, model, tmp
 def test_a_checkpoint_that_cannot_be_exported_is_one_line_with_one_that_can(run, model, tmp_path, capsys):
     checkpoints, out = run / "checkpoints", str(tmp_path / "out")
     said = refused(capsys, str(checkpoints / "3"), "--output", out)
-    assert holds(
-        said, f"raysft: error: {checkpoints}/3: there is no such checkpoint; the run has no complete checkpoint"
-    )
+    assert holds(said, f"raysft: error: {checkpoints}/3: no such checkpoint; the run has no complete checkpoint")
     for step in (4, 6, 8):
         write_checkpoint(run, model, step)
     assert holds(
@@ -218,12 +216,14 @@ def test_the_adapter_of_a_checkpoint_is_merged_into_any_model(run, model, tmp_pa
     config = parse(yaml.safe_load((run / "config.yaml").read_text()))
     out, checkpoints = str(tmp_path / "out"), run / "checkpoints"
     said = refused(capsys, str(model), "--adapters", str(run), "--output", out)
-    assert holds(said, f"raysft: error: {run}/model: holds no trained model; train first (raysft train CONFIG)")
+    assert holds(said, f"raysft: error: {run}/model: contains no trained model; train first (raysft train CONFIG)")
     write_checkpoint(run, model, 2, trained=load_model(for_reading(config), str(model)))
     said = refused(capsys, str(model), "--adapters", str(run), "--output", out)
-    assert holds(said, f"raysft: error: {run}/model: holds no trained model; … its newest checkpoint, {checkpoints}/2")
+    assert holds(
+        said, f"raysft: error: {run}/model: contains no trained model; … its newest checkpoint, {checkpoints}/2"
+    )
     said = refused(capsys, str(model), "--adapters", str(checkpoints / "3"), "--output", out)
-    assert holds(said, f"raysft: error: {checkpoints}/3: there is no such checkpoint; there are 2")
+    assert holds(said, f"raysft: error: {checkpoints}/3: no such checkpoint; there are 2")
     assert not Path(out).exists()
     alone = exported(checkpoints / "2", tmp_path / "alone", "--dtype", "float32")
     both = exported(model, tmp_path / "both", "--adapters", str(checkpoints / "2"), "--dtype", "float32")
@@ -309,7 +309,7 @@ def test_the_base_of_a_run_that_was_moved_is_made_again(model, tmp_path, capsys)
     assert all(torch.equal(written[name], weight) for name, weight in wanted.items())
     assert written["model.embed_tokens.weight"].shape[0] > 400
     said = refused(capsys, str(moved), "--output", str(tmp_path / "out"), "--no-merge")
-    assert f"the adapter's base is a copy in the cache, {extended}, which is nowhere else" in said
+    assert f"the adapter's base is a copy in the cache, {extended}, which exists nowhere else" in said
 
 
 def test_an_adapter_that_stays_one_names_the_model_that_it_is_exported_for(model, adapters, tmp_path, capsys):
@@ -321,15 +321,15 @@ def test_an_adapter_that_stays_one_names_the_model_that_it_is_exported_for(model
     assert all(torch.equal(written[name], weight.to(torch.bfloat16)) for name, weight in own.items())
     assert f"the adapter names {moved} as its base" in capsys.readouterr().out
     for arguments, message in (
-        ((str(model), "--no-merge"), "is a whole model and no adapter; remove --no-merge"),
+        ((str(model), "--no-merge"), "is a whole model, not an adapter; remove --no-merge"),
         ((str(model), "--adapters", *map(str, adapters), "--no-merge"), "but there are 2; remove --no-merge"),
         (
             (str(adapters[0]), "--no-merge", "--shard-size", "1GB"),
             "--shard-size applies to whole models, but --no-merge writes an adapter",
         ),
         ((str(model), "--adapters", str(model)), f"--adapters {model}: is a whole model, not an adapter"),
-        ((str(tmp_path), "--dtype", "float32"), "holds no config.yaml of a run and no"),
-        ((f"{tmp_path}/none",), f"{tmp_path}/none: there is no such run directory or model; check the path"),
+        ((str(tmp_path), "--dtype", "float32"), "contains neither a run's config.yaml nor a model's"),
+        ((f"{tmp_path}/none",), f"{tmp_path}/none: no such run directory or model; check the path"),
     ):
         assert message in refused(capsys, *arguments, "--output", str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
@@ -391,7 +391,7 @@ def test_what_does_not_belong_to_a_model_stays_where_it_is(model, adapters, tmp_
     written = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
     wanted = own | {name for name in OF_THE_MODEL if (source / name).exists()}
     assert written == wanted | ({"Modelfile"} if "--no-merge" not in options else set())
-    assert "left out, as they do not belong to the model: " in capsys.readouterr().out
+    assert "not exported, as they are not part of the model: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("beside", ["model-00001-of-00001.safetensors", "model_old.safetensors"])
@@ -643,7 +643,10 @@ def test_the_modelfile_stops_where_the_model_does_and_has_its_system_prompt(run,
             "{{ strftime_now('%d') }}{% for m in messages %}{{ m.content }}{% endfor %}",
             "its chat template writes the date",
         ),
-        ("{% for m in messages %}{{ loop.index }}{{ m.content }}{% endfor %}", "its chat template has no equal in Go"),
+        (
+            "{% for m in messages %}{{ loop.index }}{{ m.content }}{% endfor %}",
+            "its chat template cannot be expressed as a Go template",
+        ),
         (None, "the model has no chat template"),
     ],
 )
@@ -688,7 +691,7 @@ def test_checkpoints_and_models_are_pushed_with_cards_of_their_own(run, model, a
     write_checkpoint(run, model, 2)
     sources = ((str(run / "checkpoints" / "2"),), (str(model), "--adapters", str(adapters[0])), (str(model),))
     for source in sources:
-        assert "needs a token of the hub, but there is none" in refused(capsys, *source, "--push", "org/sums")
+        assert "needs a Hub token, but none is set" in refused(capsys, *source, "--push", "org/sums")
     monkeypatch.setenv("HF_TOKEN", "hf_mine")
     with hub_server() as server:
         server.accounts["hf_mine"] = Account()

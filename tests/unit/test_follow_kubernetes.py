@@ -191,7 +191,7 @@ def test_a_job_that_is_deleted_meanwhile_is_one_line(cluster):
     cluster.states(RUNNING, None)
     with pytest.raises(RunFailed) as caught:
         Followed(cluster).to_end()
-    assert holds(str(caught.value), "RayJob x no longer exists, as it was deleted; the same command")
+    assert holds(str(caught.value), "RayJob x no longer exists, because it was deleted; the same command")
 
 
 def test_kubernetes_that_does_not_answer_is_asked_again_and_both_is_said_once(cluster):
@@ -210,21 +210,21 @@ def test_kubernetes_that_stays_away_ends_the_wait(cluster, monkeypatch):
     followed = Followed(cluster)
     with pytest.raises(Lost) as caught:
         followed.to_end()
-    assert holds(str(caught.value), "Kubernetes has not answered for … refused … the same command comes back to it")
+    assert holds(str(caught.value), "Kubernetes has not answered for … refused … the same command attaches to it again")
 
 
 def test_kubernetes_that_never_answered_is_a_wrong_request(cluster):
     cluster.states(REFUSED)
     with pytest.raises(RequestError) as caught:
         Followed(cluster).to_end()
-    assert holds(str(caught.value), "kubectl reaches no cluster … refused")
+    assert holds(str(caught.value), "kubectl cannot reach a cluster … refused")
 
 
 def test_a_document_that_kuberay_refuses_is_a_wrong_request(cluster):
     cluster.states(ray_job(""), ray_job("ValidationFailed", message="The RayJob spec is invalid: x\ny"))
     with pytest.raises(RequestError) as caught:
         Followed(cluster).to_end()
-    assert holds(str(caught.value), "KubeRay refuses RayJob x (The RayJob spec is invalid: x); install KubeRay 1.7")
+    assert holds(str(caught.value), "KubeRay rejects RayJob x (The RayJob spec is invalid: x); install KubeRay 1.7")
 
 
 def test_a_log_whose_end_cannot_be_read_does_not_hold_up_the_result(cluster):
@@ -256,8 +256,8 @@ def test_ctrl_c_leaves_the_job_running_and_twice_stops_it(cluster, monkeypatch, 
     stops = [call for call in cluster.calls if "ray job stop" in call]
     if again:
         assert stops == ["exec --request-timeout=30s head-1 --container ray-head -- ray job stop --no-wait job-1"]
-        assert "is asked to stop" in followed.notices[-2]
+        assert "was asked to stop" in followed.notices[-2]
         assert followed.notices[-1] == "x: has been stopped"
     else:
         assert stops == []
-        assert followed.notices[-1] == "\nx: runs on; the same command comes back to it"
+        assert followed.notices[-1] == "\nx: is still running; the same command attaches to it again"

@@ -90,7 +90,7 @@ def test_what_comes_after_the_shown_output_is_shown_until_the_run_is_done(run):
     assert code == 0
     assert notices == [
         str(LOST),
-        f"going on with {run.place}/trainer_log.jsonl, which has its steps and evaluations, but no other output",
+        f"continuing with {run.place}/trainer_log.jsonl, which has its steps and evaluations, but no other output",
         f"after step 2 | {evaluation_line(EVALUATION)}",
         *map(line, (3, 4, 5)),
         f"{run.place}: is done",
@@ -119,7 +119,7 @@ def test_a_run_that_nobody_goes_on_with_is_not_waited_for_forever(run, monkeypat
     with pytest.raises(RunFailed) as caught:
         followed(run)
     assert not isinstance(caught.value, Lost)
-    assert holds(str(caught.value), f"{run.place}: is not done, and nobody … submit it again … newest checkpoint")
+    assert holds(str(caught.value), f"{run.place}: is not done, and no process … submit it again … newest checkpoint")
 
 
 def test_ctrl_c_ends_it_and_says_how_to_look(run):
@@ -129,7 +129,7 @@ def test_ctrl_c_ends_it_and_says_how_to_look(run):
     run.events = [press]
     code, notices = followed(run)
     assert code == 130
-    assert notices[-1] == f"\n{run.place}: runs on; look at it with: raysft status {run.place}"
+    assert notices[-1] == f"\n{run.place}: is still running; check on it with: raysft status {run.place}"
 
 
 def test_a_run_directory_that_this_machine_does_not_see_leaves_the_error_as_it_was(tmp_path):

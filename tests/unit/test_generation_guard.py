@@ -132,7 +132,7 @@ def test_a_generation_that_takes_long_goes_on_and_workers_see_it(tmp_path, monke
 
 @pytest.mark.parametrize(
     ("predict", "named"),
-    [(engines_hang, "no engine shows a sign of life"), (scoring_hangs, "scoring stands still")],
+    [(engines_hang, "no engine is responding"), (scoring_hangs, "scoring stands still")],
 )
 def test_a_generation_in_which_nothing_goes_on_is_ended_and_named(tmp_path, monkeypatch, predict, named):
     begun = time.monotonic()
@@ -163,8 +163,8 @@ def test_workers_wait_neither_for_a_metric_that_hangs_nor_for_what_comes_after_i
             time.sleep(0.02)
 
     generator, post = made(tmp_path, monkeypatch, hang)
-    hung = "generation failed: scoring stands still for 0.015 minutes (3 × train.hang_minutes), and cannot be ended"
-    after = "left out, as the generation after step 4 hangs and cannot be ended"
+    hung = "generation failed: scoring stands still for 0.015 minutes (3 × train.hang_minutes), and cannot be stopped"
+    after = "skipped, because the generation after step 4 hangs and cannot be stopped"
     with generator.begin(post):
         generator.take(DUE)
         until(GenerationState(77, Status.FAILED, failure=hung))

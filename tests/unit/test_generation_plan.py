@@ -41,16 +41,16 @@ def test_engines_get_what_workers_and_data_tasks_leave(settings, nodes, engines)
     plan = plan_generation(config(**settings), nodes, steps=12)
     assert plan is not None
     assert (plan.engines, plan.pauses, plan.times) == (engines, not engines, 2)
-    assert ("beside the training" in plan.line()) == bool(engines)
+    assert ("alongside training" in plan.line()) == bool(engines)
     assert ("between two steps" in plan.line()) == (not engines)
 
 
 @pytest.mark.parametrize(
     ("every", "steps", "said"),
     [
-        (1, 1, "after every step, 1 time, by 1 engine beside the training (6 CPUs are free beside 2 workers of 1 CPU)"),
+        (1, 1, "after every step, 1 time, by 1 engine alongside training (6 CPUs are free next to 2 workers of 1 CPU)"),
         (2, 5, "after every 2 steps, 2 times, "),
-        (5, 4, "after every 5 steps, so never, as the training has fewer; lower generate.every_steps=5"),
+        (5, 4, "after every 5 steps, so never, because training has fewer steps; lower generate.every_steps=5"),
     ],
 )
 def test_the_plan_says_how_often(every, steps, said):

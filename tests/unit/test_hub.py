@@ -43,15 +43,15 @@ KINDS = {
     ),
     "wants a token": (
         http("401 Unauthorized", b"{}"),
-        "the hub denies access (401 Unauthorized); check the name, and whether HF_TOKEN",
+        "the Hub denies access (401 Unauthorized); check the name, and whether HF_TOKEN",
     ),
     "forbids": (
         http("403 Forbidden", b"{}"),
-        "the hub denies access (403 Forbidden); check the name, and whether HF_TOKEN",
+        "the Hub denies access (403 Forbidden); check the name, and whether HF_TOKEN",
     ),
-    "does not have it": (http("404 Not Found", b"{}"), "the hub does not have it (404 Not Found); check the name"),
-    "answers a page": (PORTAL, "the hub's answer is not usable; check the name and HF_ENDPOINT"),
-    "answers a list": (http("200 OK", b"[1]", ETag='"a"', X_Repo_Commit="a" * 40), "the hub's answer is not usable"),
+    "does not have it": (http("404 Not Found", b"{}"), "the Hub does not have it (404 Not Found); check the name"),
+    "answers a page": (PORTAL, "the Hub's response is not usable; check the name and HF_ENDPOINT"),
+    "answers a list": (http("200 OK", b"[1]", ETag='"a"', X_Repo_Commit="a" * 40), "the Hub's response is not usable"),
 }
 
 
@@ -146,9 +146,7 @@ def test_weights_that_are_cut_off_are_one_line_in_time(monkeypatch, tmp_path):
     with serving(answer) as port:
         use(f"http://127.0.0.1:{port}", monkeypatch, tmp_path / "cache")
         begun = time.monotonic()
-        fault = (
-            r"the download broke off \(.+\); run the same command again, which keeps complete files, or give a folder$"
-        )
+        fault = r"the download was interrupted \(.+\); run the same command again, which keeps complete files, or give a folder$"
         with pytest.raises(RequestError, match=f"^some/model: is not a local folder, and {fault}"):
             model_copy("some/model")
         with pytest.raises(RequestError, match=f"^some/model: its weights cannot be loaded: {fault}"):

@@ -108,7 +108,7 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit_and_stays_the_one_that_was_fou
     assert Path(local_copy(f"some/model@{first}")).name == first
     told = refusal(find, revision="v9")
     assert told.startswith("model.path=some/model at v9: ")
-    assert "the hub has no such revision of it (404 Not Found); check the branch, tag or commit" in told
+    assert "the Hub has no such revision of it (404 Not Found); check the branch, tag or commit" in told
 
 
 def test_a_revision_is_of_the_hub_alone(model):
@@ -149,7 +149,7 @@ def test_a_busy_hub_is_waited_for_and_the_wait_is_named(there, repository, monke
     begun = time.monotonic()
     assert find().startswith("some/model@")
     assert time.monotonic() - begun >= 1
-    named = f"waiting for the hub: {there.url} (429 Too Many Requests, retry after 1 s)"
+    named = f"waiting for the Hub: {there.url} (429 Too Many Requests, retry after 1 s)"
     assert capsys.readouterr().err.splitlines().count(named) == 1
 
 
@@ -210,9 +210,9 @@ def test_damaged_weights_and_pickles_are_refused_where_they_are_loaded(there, mo
 def test_what_a_repository_lacks_is_said_before_anything_is_fetched(there, model):
     files = files_of(model)
     there.add("no/weights", {name: content for name, content in files.items() if name != WEIGHTS})
-    assert "model.path=no/weights: the hub has no weights of it" in refusal(find, "no/weights")
+    assert "model.path=no/weights: the Hub has no weights of it" in refusal(find, "no/weights")
     there.add("no/config", {WEIGHTS: files[WEIGHTS]})
-    assert "model.path=no/config: the hub has no config.json of it" in refusal(find, "no/config")
+    assert "model.path=no/config: the Hub has no config.json of it" in refusal(find, "no/config")
     assert not there.downloads(".safetensors")
 
 
@@ -292,7 +292,7 @@ def test_an_adapter_of_the_hub_is_continued_or_merged(there, repository, model, 
     repository.commit({"config.json": b"{}"})
     assert load_with_base(model_copy(adapter)).get_base_model().config.hidden_size == 64
     lost = refusal(find_adapter, config(adapters=["some/none"]), base, lambda line: None)
-    assert lost.startswith("model.adapters=some/none: not a local folder, and the hub ")
+    assert lost.startswith("model.adapters=some/none: not a local folder, and the Hub ")
     assert "no adapter_config.json" in refusal(
         find_adapter, config(adapters=["some/model@main"]), base, lambda line: None
     )
@@ -318,7 +318,7 @@ def test_a_dataset_has_subsets_splits_and_revisions(there):
     assert len(read("hf://datasets/some/set/data")) == 1
     assert "matches no file" in refusal(read, "hf://datasets/some/set@~parquet/de/train")
     assert "no such revision" in refusal(read, "hf://datasets/some/set@v9/data")
-    assert "cannot be read: the hub " in refusal(read, "hf://datasets/some/none/data")
+    assert "cannot be read: the Hub " in refusal(read, "hf://datasets/some/none/data")
 
 
 def test_images_beside_the_records_of_a_dataset_are_kept_in_the_cache(there, tmp_path):

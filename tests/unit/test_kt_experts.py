@@ -404,7 +404,7 @@ def test_experts_are_spread_over_the_numa_nodes_that_their_width_can_be_divided_
     ("kind", "quantized", "message"),
     [
         ("llama", False, "but the model is llama"),
-        ("qwen3_moe", True, "is quantized (gptq); use the model that it was made from, or set model.experts=auto"),
+        ("qwen3_moe", True, "is quantized (gptq); use the model that it was quantized from, or set model.experts=auto"),
     ],
 )
 def test_a_model_that_the_kernel_cannot_compute_is_refused_before_anything_starts(

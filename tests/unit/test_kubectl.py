@@ -208,7 +208,9 @@ def test_a_right_that_is_missing_is_named(config, context):
     with Cluster(lambda *request: status(403, "Forbidden", reason)) as cluster:
         context(cluster.address)
         message = messages.refusal(submit, config, print)
-    assert messages.holds(message, 'kubectl may not do this … cannot get resource "rayjobs" … cluster.namespace')
+    assert messages.holds(
+        message, 'kubectl is not allowed to do this … cannot get resource "rayjobs" … cluster.namespace'
+    )
 
 
 @NEEDS_KUBECTL
@@ -226,14 +228,16 @@ def test_a_cluster_that_is_away_is_recognized(config, context):
     with Cluster(absent) as cluster:
         pass
     context(cluster.address)
-    assert messages.holds(messages.refusal(submit, config, print), "kubectl reaches no cluster … refused … use-context")
+    assert messages.holds(
+        messages.refusal(submit, config, print), "kubectl cannot reach a cluster … refused … use-context"
+    )
 
 
 @NEEDS_KUBECTL
 def test_no_context_is_recognized(config, context, tmp_path):
     context("")
     (tmp_path / "kubeconfig").write_text("")
-    assert messages.holds(messages.refusal(submit, config, print), "kubectl reaches no cluster … use-context")
+    assert messages.holds(messages.refusal(submit, config, print), "kubectl cannot reach a cluster … use-context")
 
 
 def test_kubectl_that_is_missing_is_named(config, monkeypatch, tmp_path):
@@ -264,4 +268,4 @@ def test_another_failure_is_repeated_in_one_line(config, stand_in):
 def test_kubectl_without_an_answer_is_given_up(config, stand_in, monkeypatch):
     monkeypatch.setattr("raysft.submit.kubernetes.kubectl.COMMAND_SECONDS", 0.2)
     stand_in("time.sleep(30)")
-    assert messages.holds(messages.refusal(submit, config, print), "kubectl get had no answer")
+    assert messages.holds(messages.refusal(submit, config, print), "kubectl get did not respond")

@@ -75,7 +75,7 @@ def test_a_half_written_line_of_a_running_trial_is_left_out(trials):
 
 def test_a_checkpoint_that_is_gone_is_one_line_and_nothing_is_lost(trials):
     behind, ahead = trial(trials, "behind", 3, loss=100), trial(trials, "ahead", 9, loss=0)
-    with pytest.raises(RunFailed, match=r"ahead: the checkpoint after step 6 is gone.*raise train\.keep_last"):
+    with pytest.raises(RunFailed, match=r"ahead: the checkpoint after step 6 no longer exists.*raise train\.keep_last"):
         adopt(behind, ahead, 6)
     assert len(list(catalog.complete(behind / "checkpoints"))) == 1
     assert log(behind)[0] == 101

@@ -138,7 +138,7 @@ def test_who_was_taken_for_dead_stops(tmp_path, monkeypatch):
             works()
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert said == [f"{tmp_path}: process 7 on elsewhere took the lock over; this process stops"]
+    assert said == [f"{tmp_path}: process 7 on elsewhere took over the lock; this process stops"]
     assert json.loads((tmp_path / ".lock").read_text())["process"] == 7, "what is another's is left alone"
 
 

@@ -153,9 +153,9 @@ def test_what_has_twice_the_rank_has_the_scale_of_the_others(tmp_path, target, r
         ({"dropout": 0.1}, "model.lora.dropout=0.1 does not work with adapters on the experts of Qwen3MoeForCausalLM"),
         ({"dora": True}, "model.lora.dora=true does not work"),
         ({"pissa": True, "rank": 4}, "model.lora.pissa=true does not work"),
-        ({"target": ["gate_proj"]}, "model.lora.target=['gate_proj'] is refused by peft"),
+        ({"target": ["gate_proj"]}, "model.lora.target=['gate_proj'] is rejected by peft"),
         ({"target": ["experts"], "dropout": 0.1}, "model.lora.dropout=0.1 does not work with adapters on the experts"),
-        ({"extra_modules": ["experts"]}, "model.lora.extra_modules=['experts'] is refused by peft"),
+        ({"extra_modules": ["experts"]}, "model.lora.extra_modules=['experts'] is rejected by peft"),
     ],
 )
 def test_what_experts_cannot_have_is_told_before_anything_starts(qwen, section, told):

@@ -157,8 +157,8 @@ def test_pickles_and_a_models_own_code_are_guarded_as_elsewhere(there, model, tm
     [
         ("ms://some/none", "ModelScope does not have it (404); check the name, and whether MODELSCOPE_API_TOKEN"),
         ("ms://some/secret", "ModelScope denies access (403); check the name, and whether MODELSCOPE_API_TOKEN"),
-        ("ms://some", "names no repository of ModelScope"),
-        ("ms://some/../etc", "names no repository of ModelScope"),
+        ("ms://some", "does not name a ModelScope repository"),
+        ("ms://some/../etc", "does not name a ModelScope repository"),
         ("ms://some/data", "contains no config.json"),
         ("ms://some/data/none", "not found; check the path"),
     ],

@@ -72,7 +72,7 @@ def test_time_follows_from_a_given_speed_and_is_not_known_without_one(folder, mo
     plan = check(config_of(folder))
     (line,) = times(capsys.readouterr().out)
     assert holds(
-        line, f"time: not known, as no run in {folder}/runs had … scaling.worker_tokens_per_second gives a speed"
+        line, f"time: unknown, as no run in {folder}/runs had … to give a speed, set scaling.worker_tokens_per_second"
     )
     # So many that one worker takes 90 minutes.
     given = {"scaling__worker_tokens_per_second": plan.tokens / 5_400}
@@ -84,7 +84,7 @@ def test_time_follows_from_a_given_speed_and_is_not_known_without_one(folder, mo
     assert times(capsys.readouterr().out) == [line]
     check(config_of(folder, **given, train__max_hours=1.4))
     (limited,) = times(capsys.readouterr().out)
-    assert limited == f"{line}; train.max_hours ends it before, and the same command goes on"
+    assert limited == f"{line}; train.max_hours stops it earlier, and the same command resumes it"
 
 
 def test_a_step_that_takes_longer_than_a_machines_notice_is_warned_of_at_a_given_speed(folder, monkeypatch):

@@ -101,10 +101,10 @@ def test_a_wrong_request_is_stopped_with_its_message_and_its_exit_code(capsys, v
     assert holds(error, "raysft: error: … train.epochs=0")
 
 
-@pytest.mark.parametrize(("job", "reason"), [("mine", "Connection refused"), (None, "no job of Ray")])
+@pytest.mark.parametrize(("job", "reason"), [("mine", "Connection refused"), (None, "not a Ray job")])
 def test_a_job_that_cannot_be_stopped_says_so_and_ends_as_before(monkeypatch, capsys, job, reason):
     if job is None:
         monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR")
     assert main(["run", "none.yaml", "--rayjob", "http://127.0.0.1:1"]) == 2
     *_, last = capsys.readouterr().err.splitlines()
-    assert holds(last, f"raysft: the job could not be stopped ( … {reason} … so KubeRay will start it again")
+    assert holds(last, f"raysft: the job could not be stopped ( … {reason} … so KubeRay will restart it")

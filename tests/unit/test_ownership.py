@@ -85,5 +85,5 @@ def test_a_folder_with_other_files_is_refused(tmp_path, left):
     directory = RunDirectory(tmp_path / "r")
     directory.path.mkdir()
     (directory.path / left).write_text("{}")
-    with pytest.raises(RequestError, match="is not empty, but holds no config"):
+    with pytest.raises(RequestError, match="is not empty, but contains no config"):
         check_ownership(directory, config(tmp_path))

@@ -139,7 +139,7 @@ def test_experts_on_the_cpu_take_one_worker_on_each_node(nodes, scaling, remedy)
     else:
         message = refusal(check_resources, config, nodes)
         given = f"scaling.num_workers={scaling['num_workers']}"  # a list stays one
-        assert message.startswith(f"model.experts=kt takes one worker on each node, but {given} ")
+        assert message.startswith(f"model.experts=kt needs one worker per node, but {given} ")
         assert message.endswith(remedy)
 
 
@@ -256,8 +256,8 @@ def test_a_plan_counts_steps_rows_tokens_and_what_is_empty(tmp_path, monkeypatch
         "duplicates: none",
         "turns: 10, ended by <|im_end|> (10)",
         f"rows: 30 of 64 tokens over 3 epochs, {100 * length / 64:.1f}% packed, {30 * length} tokens, {30 * trained} trained",
-        "steps: 9 of 4 rows = 3 workers × 2 rows in 1 microbatch, 2 of them empty in each step; "
-        "6 rows at the ends of epochs stay empty",
+        "steps: 9 of 4 rows = 3 workers × 2 rows in 1 microbatch, 2 of them empty in each step; 6 rows at the ends of epochs "
+        "stay empty",
         "resources: needs 3.5 CPUs and 0 GPUs, the cluster has 4 CPUs and 0 GPUs",
     ]
 

@@ -98,7 +98,7 @@ def test_a_config_that_a_verb_can_do_nothing_with_is_refused_first(verb, overrid
 
 @pytest.mark.parametrize("verb", ["evaluate", "generate"])
 def test_what_needs_a_trained_model_is_refused_without_one(verb, refusal, started):
-    assert "holds no trained model; train first" in refusal(verb, "train.trackers=[wandb]")
+    assert "contains no trained model; train first" in refusal(verb, "train.trackers=[wandb]")
     assert not started
 
 
@@ -133,7 +133,7 @@ def test_a_folder_with_other_files_is_refused(verb, refusal, started):
     Path("runs/r").mkdir(parents=True)
     Path("runs/r/notes.txt").write_text("mine")
     line = refusal(verb, *OTHERS.get(verb, []))
-    assert line.endswith("is not empty, but holds no config.yaml; choose another run.name")
+    assert line.endswith("is not empty, but contains no config.yaml; choose another run.name")
     assert not started
 
 
@@ -147,8 +147,12 @@ def test_a_directory_of_another_config_is_refused(verb, refusal, started):
 
 def test_the_directory_of_a_training_is_refused_for_another_model(refusal, started):
     trained()
-    assert "belongs to a training, but generate.model=m is another model" in refusal("generate", "generate.model=m")
-    assert "belongs to a training, but evaluate.model=m is another model" in refusal("evaluate", "evaluate.model=m")
+    assert "belongs to a training run, but generate.model=m is a different model" in refusal(
+        "generate", "generate.model=m"
+    )
+    assert "belongs to a training run, but evaluate.model=m is a different model" in refusal(
+        "evaluate", "evaluate.model=m"
+    )
     assert not started
 
 
@@ -160,7 +164,7 @@ def test_a_directory_has_results_of_one_model(verb, beside, stage, refusal, star
     other, same = ([f"{verb}.model={name}"] for name in ("./n", "./m"))
     assert "folder not found" in refusal(verb, *other), "it has no results yet"
     Path(f"runs/r/{stage}_results.json").write_text("{}")
-    assert f"has results of {beside}.model=./m, but {verb}.model=./n is another model" in refusal(verb, *other)
+    assert f"has results of {beside}.model=./m, but {verb}.model=./n is a different model" in refusal(verb, *other)
     assert "folder not found" in refusal(verb, *same)
     assert len(started) == 2
 
@@ -207,7 +211,7 @@ def test_a_trial_whose_directory_is_of_another_config_is_refused(refusal, starte
     last.mkdir(parents=True)
     (last / "notes.txt").write_text("mine")
     Path("runs/r/config.yaml").write_text(load("c.yaml", [SWEEP]).to_yaml())
-    assert "is not empty, but holds no config.yaml" in refusal("tune")
+    assert "is not empty, but contains no config.yaml" in refusal("tune")
     assert not started
 
 

@@ -165,7 +165,7 @@ def test_a_second_push_sends_no_large_file_again(there, trained, tmp_path, capsy
     first = repository.refs["main"]
     assert push(run) == 0
     assert repository.refs["main"] == first
-    assert f"the hub has all of it already\npushed: {there.url}/org/sums/commit/{first}\n" in capsys.readouterr().out
+    assert f"the Hub already has all of it\npushed: {there.url}/org/sums/commit/{first}\n" in capsys.readouterr().out
     write_jsonl(run.trainer_log, [{"current_steps": 4, "total_steps": 4, "loss": 1.0}])
     (run.path / "training_loss.png").write_bytes(b"another picture")
     assert push(run) == 0
@@ -184,7 +184,10 @@ def test_a_push_needs_no_folder_and_may_be_private_under_ones_own_name(there, tr
 
 def test_an_adapter_is_pushed_as_it_is(there, trained, model, tmp_path, capsys):
     assert push(trained, "org/sums", "--no-merge") == 0
-    assert f"the adapter names {model} as its base: whoever loads it needs the model there" in capsys.readouterr().out
+    assert (
+        f"the adapter names {model} as its base: to load it, the model must be available there"
+        in capsys.readouterr().out
+    )
     files = files_on(there)
     assert files.items() >= files_of(trained.path / "model").items()
     assert 'AutoPeftModelForCausalLM.from_pretrained("org/sums", dtype="auto")' in files["README.md"].decode()
@@ -237,14 +240,14 @@ def test_a_large_file_goes_in_parts_if_the_hub_wants_them(there, trained, tmp_pa
 @pytest.mark.parametrize(
     ("name", "token", "message"),
     [
-        ("org/sums", "", "needs a token of the hub, but there is none; set HF_TOKEN … or run hf auth login"),
+        ("org/sums", "", "needs a Hub token, but none is set; set HF_TOKEN … or run hf auth login"),
         (
             "org/sums",
             "hf_mün",
-            "the token has characters that no token of the hub has; set HF_TOKEN … or run hf auth login",
+            "the token contains characters that no Hub token has; set HF_TOKEN … or run hf auth login",
         ),
-        ("org/sums", "hf mine", "the token has characters that no token of the hub has; set HF_TOKEN"),
-        ("org/sums", "hf_bad", "the hub refuses the token (401 Unauthorized … ); set HF_TOKEN … or run hf auth login"),
+        ("org/sums", "hf mine", "the token contains characters that no Hub token has; set HF_TOKEN"),
+        ("org/sums", "hf_bad", "the Hub rejects the token (401 Unauthorized … ); set HF_TOKEN … or run hf auth login"),
         (
             "org/sums",
             "hf_reads",
@@ -260,9 +263,9 @@ def test_a_large_file_goes_in_parts_if_the_hub_wants_them(there, trained, tmp_pa
             "hf_reads",
             "the token may not write there (403 Forbidden: Your token has no right … ); use a token",
         ),
-        ("a/b/c", "hf_mine", "must be ORG/NAME of a repository, but is not ( … ); correct it"),
-        ("", "hf_mine", "must be ORG/NAME of a repository, but is not ( … ); correct it"),
-        ("org/--", "hf_mine", "must be ORG/NAME of a repository, but is not ( … ); correct it"),
+        ("a/b/c", "hf_mine", "must be the ORG/NAME of a repository, but is not ( … ); correct it"),
+        ("", "hf_mine", "must be the ORG/NAME of a repository, but is not ( … ); correct it"),
+        ("org/--", "hf_mine", "must be the ORG/NAME of a repository, but is not ( … ); correct it"),
     ],
 )
 def test_what_cannot_be_pushed_is_said_before_the_model_is_written(
@@ -282,15 +285,15 @@ def test_a_wish_that_contradicts_is_refused(there, trained, monkeypatch, tmp_pat
     there.add("org/public", {"config.json": b"{}"})
     assert push(trained, "org/public", "--private") == 2
     assert holds(
-        error_of(capsys), "raysft: error: --private: org/public is there already, but public; … remove --private"
+        error_of(capsys), "raysft: error: --private: org/public already exists, but is public; … remove --private"
     )
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert push(trained) == 2
-    assert holds(error_of(capsys), "raysft: error: --push org/sums: needs the hub, but HF_HUB_OFFLINE is set; unset it")
+    assert holds(error_of(capsys), "raysft: error: --push org/sums: needs the Hub, but HF_HUB_OFFLINE is set; unset it")
     assert main(["export", str(trained.path)]) == 2
     assert holds(error_of(capsys), "raysft: error: export needs --output or --push … add --output DIR, --push ORG/NAME")
     assert main(["export", str(trained.path), "--output", str(tmp_path / "out"), "--private"]) == 2
-    assert holds(error_of(capsys), "raysft: error: --private: … add --push ORG/NAME")
+    assert holds(error_of(capsys), "raysft: error: --private … add --push ORG/NAME")
 
 
 @pytest.mark.parametrize("kind", ["refuses connections", "is silent", "fails", "is busy for an hour", "answers a page"])
@@ -302,7 +305,7 @@ def test_a_hub_that_is_down_is_one_line_in_time(there, trained, monkeypatch, tmp
         assert push(trained) == 2
     assert time.monotonic() - begun < 10
     fault = (
-        "the hub's answer is not usable … check HF_ENDPOINT" if "page" in kind else "does not answer ( … HF_ENDPOINT"
+        "the Hub's response is not usable … check HF_ENDPOINT" if "page" in kind else "does not answer ( … HF_ENDPOINT"
     )
     assert holds(error_of(capsys), f"raysft: error: --push org/sums: … {fault}")
 
@@ -317,9 +320,9 @@ def test_what_fails_for_a_moment_is_tried_again(there, trained, tmp_path, capsys
     assert push(trained, "org/sums", "--output", str(tmp_path / "out")) == 0
     assert files_on(there) == files_of(tmp_path / "out")
     waits = capsys.readouterr().err.splitlines()
-    assert waits.count(f"waiting for the hub: {there.url} (500 Internal Server Error)") == 3
-    assert f"waiting for the hub: {there.store} (503 Service Unavailable)" in waits
-    assert f"waiting for the hub: {there.store} (429 Too Many Requests, retry after 1 s)" in waits
+    assert waits.count(f"waiting for the Hub: {there.url} (500 Internal Server Error)") == 3
+    assert f"waiting for the Hub: {there.store} (503 Service Unavailable)" in waits
+    assert f"waiting for the Hub: {there.store} (429 Too Many Requests, retry after 1 s)" in waits
 
 
 def test_a_connection_that_breaks_off_in_a_file_is_tried_again_and_the_file_is_whole(there, trained):
@@ -392,7 +395,7 @@ def test_what_the_hub_has_no_room_for_is_a_line_with_its_words(there, trained, c
         there.largest = None
         there.faults.append(fault)
     assert push(trained) == 1
-    assert holds(error_of(capsys), f"raysft: failed: org/sums: the hub refuses the upload {message}")
+    assert holds(error_of(capsys), f"raysft: failed: org/sums: the Hub rejects the upload {message}")
     assert not list((tmp_path / "tmp").iterdir())
 
 

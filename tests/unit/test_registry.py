@@ -107,7 +107,7 @@ class Hub:
         (("only",), "hf://datasets/x/y@~parquet/only/train"),
         (("de", "default"), "hf://datasets/x/y@~parquet/default/train"),
         (("en", "de"), "x/y has 2 subsets; set subset to one of de, en"),
-        ((), "the hub has no Parquet files of x/y (branch ~parquet); set folder"),
+        ((), "the Hub has no Parquet files of x/y (branch ~parquet); set folder"),
     ],
 )
 def test_without_a_subset_the_only_one_is_taken(tmp_path, monkeypatch, subsets, result):
@@ -129,7 +129,7 @@ def test_a_hub_that_refuses_is_one_line(tmp_path, monkeypatch):
         raise OSError("no such host")
 
     monkeypatch.setattr(hub_subsets, "filesystem_of", refuse)
-    with pytest.raises(RequestError, match=r"dataset 'x': the subsets of x/y on the hub cannot be listed: "):
+    with pytest.raises(RequestError, match=r"dataset 'x': the subsets of x/y on the Hub cannot be listed: "):
         of_entry(tmp_path, hf_hub_url="x/y")
 
 

@@ -315,9 +315,9 @@ def test_other_data_that_has_not_come_yet_can_be_put_back(tmp_path, sources):
     [
         ({}, {}, ""),
         ({"generate__every_steps": 3}, {}, ""),
-        ({}, {PREDICTION: "q"}, "settings of generate"),
-        ({}, {EVALUATION: "f"}, "other data is evaluated"),
-        ({"train__best_metric": "predict_rouge-1"}, {}, "another metric"),
+        ({}, {PREDICTION: "q"}, "generate settings"),
+        ({}, {EVALUATION: "f"}, "different data is now evaluated"),
+        ({"train__best_metric": "predict_rouge-1"}, {}, "a different metric"),
     ],
 )
 def test_a_best_model_that_does_not_count_any_more_is_told(tmp_path, changes, identity, reason):

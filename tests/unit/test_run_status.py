@@ -93,7 +93,7 @@ def test_a_run_that_nobody_works_on_goes_on_from_its_checkpoint(run, status):
         "run": f"toy in {run}",
         "state": "not running",
         "progress": "step 3 of 10, loss 1.5000, eval loss 2.2500 at step 2",
-        "next": "the command that started it goes on from the newest checkpoint",
+        "next": "the command that started it resumes it from the newest checkpoint",
     }
 
 
@@ -129,7 +129,7 @@ def test_a_run_without_a_step_and_one_that_only_generates(run, status):
     assert "last record" not in lines
     (run / "config.yaml").write_text(parse(CONFIG | {"generate": {"model": "org/other"}}).to_yaml())
     lines = status(run)
-    assert (lines["state"], lines["next"]) == ("not running", "the command that started it, once more")
+    assert (lines["state"], lines["next"]) == ("not running", "run the command that started it again")
     assert "checkpoint" not in lines
     (run / "predict_results.json").write_text("{}")
     assert status(run)["state"] == "done"
@@ -200,7 +200,7 @@ def test_a_run_is_stopped_through_its_directory_alone(run, capsys, monkeypatch):
     assert main(["stop", str(run)]) == 0
     thread.join(10)
     first, last = capsys.readouterr().out.splitlines()
-    assert holds(first, f"{run}: process {os.getpid()} on … is asked to save its work and end; waiting up to 10 min")
+    assert holds(first, f"{run}: process {os.getpid()} on … was asked to save its work and end; waiting up to 10 min")
     assert last == f"{run}: has ended"
     assert ended[-1] == f"stopped: raysft stop on {socket.gethostname()}"
     assert not (run / "stop").exists()
@@ -221,7 +221,7 @@ def test_a_run_that_is_killed_meanwhile_is_not_waited_for(run, capsys, monkeypat
 
 def test_where_nothing_runs_nothing_is_stopped_later(run, capsys):
     assert main(["stop", str(run)]) == 0
-    assert capsys.readouterr().out == f"{run}: nothing runs in it\n"
+    assert capsys.readouterr().out == f"{run}: no process is running in it\n"
     assert not (run / "stop").exists()
     assert main(["stop", str(run / "none")]) == 2
     assert holds(capsys.readouterr().err.rstrip("\n"), f"raysft: error: {run}/none: no such run directory; … --to")

@@ -118,7 +118,9 @@ def test_work_that_ends_by_itself_is_asked_and_told_and_interrupted_by_the_secon
 
     with pytest.raises(KeyboardInterrupt):
         watch_ending(run, work, said.append)
-    assert said == ["SIGTERM: the run ends as soon as its work is saved; Ctrl-C or SIGTERM once more ends it at once"]
+    assert said == [
+        "SIGTERM: the run will end as soon as its work is saved; press Ctrl-C or send SIGTERM again to end it immediately"
+    ]
 
 
 def test_one_signal_that_arrives_twice_is_one(run, monkeypatch):
@@ -206,7 +208,7 @@ def test_the_file_in_an_object_store(server: Server):
 
 
 def test_what_is_no_run_cannot_be_asked(tmp_path):
-    with pytest.raises(RequestError, match=f"^{tmp_path}: holds no config.yaml; give a run directory"):
+    with pytest.raises(RequestError, match=f"^{tmp_path}: contains no config.yaml; give a run directory"):
         request_stop(StoragePath.of(tmp_path), "enough")
     assert not (tmp_path / "stop").exists()
 
@@ -267,5 +269,5 @@ def test_only_the_drivers_own_node_ends_the_run(monkeypatch):
 def test_the_line_says_how_long_the_machine_is_there():
     request = StopRequest("node a is drained", time.time() + 21.5)
     assert stop_sources._announcement(request, False) == (
-        "node a is drained: the run ends as soon as its work is saved, 21 s before the machine goes"
+        "node a is drained: the run will end as soon as its work is saved, 21 s before the machine is taken away"
     )

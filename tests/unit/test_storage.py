@@ -310,7 +310,7 @@ def test_a_server_that_says_yes_to_everything_is_no_storage(served):
     path = served(http("200 OK", PAGE), "runs")
     config = parse({"run": {"storage": path}, "model": {"path": "m"}, "data": {"train": [{"name": "a", "path": "a"}]}})
     with pytest.raises(
-        RequestError, match=r"^run.storage: s3://bucket/runs: .* the server is no object store; check the path"
+        RequestError, match=r"^run.storage: s3://bucket/runs: .* the server is not an object store; check the path"
     ):
         ensure_writable(config)
 
@@ -319,5 +319,5 @@ def test_a_user_without_a_home_folder_is_asked_for_one(monkeypatch):
     """As in a container that runs under a number that no user has."""
     monkeypatch.delenv("HOME")
     monkeypatch.setattr("os.getuid", lambda: 123456)
-    with pytest.raises(RequestError, match="user 123456 has no home folder, and HOME is not set; set it"):
+    with pytest.raises(RequestError, match="user 123456 has no home directory, and HOME is not set; set it"):
         cache_home()

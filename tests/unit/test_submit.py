@@ -117,7 +117,7 @@ def test_the_same_command_attaches_says_done_or_submits_the_next(run):
     with dashboard() as server:
         submit(run, server.url)
         (first,) = server.jobs
-        assert holds(submit(run, server.url).splitlines()[0], f"{first}: is running already; nothing was submitted")
+        assert holds(submit(run, server.url).splitlines()[0], f"{first}: is already running; nothing was submitted")
         for status, code, ending in ((FAILED, 1, "failed with exit code 1"), (STOPPED, None, "been stopped")):
             last = list(server.jobs)[-1]
             server.jobs[last].status, server.jobs[last].exit_code = status, code
@@ -155,7 +155,7 @@ def test_a_number_that_another_process_takes_meanwhile_is_that_jobs(run, monkeyp
             original(self, job, *arguments)
 
         monkeypatch.setattr(Jobs, "submit", submit_late)
-        assert "is running already; nothing was submitted" in submit(run, server.url)
+        assert "is already running; nothing was submitted" in submit(run, server.url)
         assert len(server.jobs) == 1
 
 
@@ -166,7 +166,7 @@ def test_following_ends_as_the_job_does(run):
         code, out, err = run("submit", "toy.yaml", "--to", server.url, "--follow")
     assert code == 2
     assert out.splitlines() == [
-        f"{name}: is running already; nothing was submitted",
+        f"{name}: is already running; nothing was submitted",
         "step 1",
         "raysft: error: x",
         f"{name}: has failed with exit code 2",
@@ -262,7 +262,7 @@ def test_paths_that_depend_on_this_machine_are_refused_with_what_to_do(run, over
     Path("base").mkdir()
     line = refused(run, "submit", "toy.yaml", "--to", "http://127.0.0.1:1", *overrides)
     assert line.startswith(key)
-    assert line.endswith("; use an absolute path that all nodes of the cluster see, or a URI")
+    assert line.endswith("; use an absolute path that all nodes of the cluster can access, or a URI")
 
 
 def test_paths_that_mean_the_same_everywhere_are_not(run):
@@ -311,9 +311,9 @@ def saying(words: bytes) -> Answer:
 @pytest.mark.parametrize(
     ("address", "parts"),
     [
-        ("head:8265", "--to head:8265: is not the URL of a dashboard; use http://HOST:8265, or kubernetes"),
+        ("head:8265", "--to head:8265: is not a dashboard URL; use http://HOST:8265, or kubernetes"),
         ("ray://head:10001", "--to ray://head:10001: the address of a Ray Client … http://HOST:8265"),
-        ("s3://bucket", "--to s3://bucket: is not the URL"),
+        ("s3://bucket", "--to s3://bucket: is not a dashboard URL"),
         ("http://", "--to http://: is not a URL with a host"),
         ("http://a..b:8265", "--to http://a..b:8265: is not a URL with a host"),
         (f"http://{'a' * 64}:8265", "--to http://aaa … aaa:8265: is not a URL with a host"),
@@ -357,9 +357,9 @@ def test_an_address_that_is_none_is_one_line(run, address, parts):
         # What the server of a cluster's own nodes says first, which speaks HTTP/2.
         (
             saying(b"\x00\x00\x18\x04\x00\x00\x00\x00\x00"),
-            "is no HTTP server; … 10001 … 6379",
+            "is not an HTTP server; … 10001 … 6379",
         ),
-        (lambda connection: None, "is no HTTP server; … 10001 … 6379"),
+        (lambda connection: None, "is not an HTTP server; … 10001 … 6379"),
     ],
 )
 def test_a_server_that_is_no_dashboard_is_named(run, answer, parts):
@@ -410,9 +410,7 @@ def test_http_and_https_are_not_mixed_up_and_certificates_are_verified(run, tmp_
         assert (code, out) == (0, "line 1\nline 2\nj: has succeeded\n")
         assert any(request.endswith("/logs/tail") for request in server.requests)
         monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "none.pem"))
-        assert holds(
-            refused(run, "status", "j", "--to", server.url), "SSL_CERT_FILE= … none.pem: there is no such file"
-        )
+        assert holds(refused(run, "status", "j", "--to", server.url), "SSL_CERT_FILE= … none.pem: no such file")
 
 
 def test_the_address_that_is_asked_for_goes_before_rays_environment(run, monkeypatch):
@@ -489,9 +487,9 @@ def test_ray_auth_mode_sends_the_token_at_once_or_never(run, monkeypatch):
     [
         (
             {},
-            "--to URL: the cluster requires an access token, but there is none; set RAY_AUTH_TOKEN … ~/.ray/auth_token",
+            "--to URL: the cluster requires an access token, but none is set; set RAY_AUTH_TOKEN … ~/.ray/auth_token",
         ),
-        ({"RAY_AUTH_TOKEN": "wrong"}, "--to URL: the cluster refuses the access token of RAY_AUTH_TOKEN ("),
+        ({"RAY_AUTH_TOKEN": "wrong"}, "--to URL: the cluster rejects the access token of RAY_AUTH_TOKEN ("),
         ({"RAY_AUTH_MODE": "token"}, "RAY_AUTH_MODE=token, but no token is set; set RAY_AUTH_TOKEN"),
         ({"RAY_AUTH_TOKEN": "sec\nret"}, "RAY_AUTH_TOKEN: is not a token"),
         ({"RAY_AUTH_TOKEN_PATH": "/none"}, "RAY_AUTH_TOKEN_PATH=/none: cannot be read (No such file or directory)"),
@@ -560,12 +558,13 @@ def test_the_status_of_a_job_says_how_it_is_and_what_to_do_next(run):
         assert lines[-1] == f"next: raysft follow {name} --to {server.url}, or raysft stop {name} --to {server.url}"
         server.jobs[name].status, server.jobs[name].exit_code = FAILED, 75
         assert (
-            "has stopped early (exit code 75); the same command goes on" in run("status", name, "--to", server.url)[1]
+            "has stopped early (exit code 75); the same command resumes it"
+            in run("status", name, "--to", server.url)[1]
         )
         server.jobs[name].exit_code = 1
         lines = run("status", name, "--to", server.url)[1].splitlines()
     assert lines[0] == f"{name}: has failed with exit code 1"
-    assert lines[-1].startswith("next: the command that submitted it")
+    assert lines[-1].startswith("next: run the command that submitted it again")
 
 
 def test_stop_waits_until_the_job_has_ended_and_says_how(run):
@@ -575,7 +574,7 @@ def test_stop_waits_until_the_job_has_ended_and_says_how(run):
         server.silent_answers = 0
         code, out, err = run("stop", name, "--to", server.url)
         assert (code, err) == (0, "")
-        assert holds(out.splitlines()[0], f"{name}: is asked to stop")
+        assert holds(out.splitlines()[0], f"{name}: was asked to stop")
         assert out.splitlines()[1] == f"{name}: has been stopped; its last line: stopped: checkpoint after step 7"
         assert run("stop", name, "--to", server.url)[:2] == (0, f"{name}: has been stopped before\n")
 
@@ -627,7 +626,7 @@ def test_an_unknown_job_is_one_line_with_those_that_are_known(run, command):
 @pytest.mark.parametrize("command", ["follow", "status", "stop"])
 @pytest.mark.parametrize("name", ["", ".", ".."])
 def test_what_names_no_job_in_a_url_is_one_line(run, command, name):
-    assert holds(refused(run, command, name, "--to", "http://127.0.0.1:1"), f"{name!r} names no job; use")
+    assert holds(refused(run, command, name, "--to", "http://127.0.0.1:1"), f"{name!r} is not a job name; use")
 
 
 def test_a_job_without_its_cluster_is_told_to_name_it(run):
@@ -659,7 +658,7 @@ def test_ctrl_c_leaves_the_job_running_and_says_how_to_come_back():
     assert code == 130
     lines = [line for line in shown.splitlines() if line]
     assert lines[0] == "step 1"
-    assert holds(lines[-1], f"j: runs on; come back with: raysft follow j --to {server.url}")
+    assert holds(lines[-1], f"j: is still running; come back with: raysft follow j --to {server.url}")
     assert len(lines) == 3
 
 

@@ -118,7 +118,7 @@ def test_a_run_directorys_config_and_a_corpus_that_call_python_are_refused(capsy
     config = load("c.yaml")
     config.run_directory.mkdir(parents=True)
     (config.run_directory / "config.yaml").write_text(f"train: {CALL}\n")
-    assert "is not a config of this version" in refusal(
+    assert "is not a config of this raysft version" in refusal(
         lambda: check_ownership(RunDirectory(config.run_directory), config)
     )
     assert main(["report", str(config.run_directory)]) == 2

@@ -95,7 +95,7 @@ def test_adapters_are_continued_with_their_parts_or_merged(folders, adapters, fa
     assert (model, place) == (str(folder), str(adapter))
     continued = load_model(config, model, adapter=place)
     torch.testing.assert_close(logits(continued.eval()), logits(load_model(config, model, adapter=place).eval()))
-    with pytest.raises(RequestError, match=r"trains \['language', 'projector'\], which stays as it is") as refused:
+    with pytest.raises(RequestError, match=r"trains \['language', 'projector'\], which cannot change") as refused:
         load_model(with_overrides(config, {"model.train_parts": ["language"]}), model, adapter=place)
     assert "\n" not in str(refused.value)
     anew = with_overrides(config, {"model.new_adapter": True, "model.train_parts": ["language"]})

@@ -150,8 +150,8 @@ SINGLE = {"data__packing": False}
         (
             {},
             {"workers": 12, "sequence_parallel": 4, "groups_cross_nodes": True},
-            "groups of scaling.sequence_parallel=4 workers reach across nodes, so that every layer waits for the network; use a "
-            "number that divides the workers of each node",
+            "groups of scaling.sequence_parallel=4 workers span nodes, so every layer waits for the network; use a number "
+            "that divides the number of workers on each node",
         ),
         (
             {"train__epochs": 2, "train__global_batch_size": 16},
@@ -185,7 +185,7 @@ SINGLE = {"data__packing": False}
         (
             {},
             {"workers": 8, "global_batch_size": 2},
-            "6 of 8 workers have nothing to do; use scaling.num_workers=2",
+            "6 of 8 workers are idle; use scaling.num_workers=2",
         ),
         (
             SINGLE,
@@ -351,7 +351,7 @@ def test_turns_that_do_not_end_and_prompts_that_were_not_trained_are_told(turns,
 
 def test_arguments_of_calls_that_are_encoded_twice_are_told():
     (line,) = warnings(config(), plan(sources={"a": source(counts={"quoted_arguments": 1200})}))
-    assert line.startswith("source 'a': 1,200 of 20,000 examples have the arguments of calls as JSON text")
+    assert line.startswith("source 'a': 1,200 of 20,000 examples have tool-call arguments as JSON text")
     assert '"{\\"city\\": …}"' in line
     assert line.endswith("; give arguments as objects in the records")
 
@@ -359,7 +359,7 @@ def test_arguments_of_calls_that_are_encoded_twice_are_told():
 def test_marks_without_images_are_told():
     (line,) = warnings(config(), plan(sources={"a": source(counts={"stray_marks": 1200})}))
     assert line.startswith(
-        "source 'a': 1,200 of 20,000 examples have no images but marks for some in their text (<image>)"
+        "source 'a': 1,200 of 20,000 examples have no images, but image placeholders in their text (<image>)"
     )
     assert line.endswith("; name the column of their images with columns: {images: COLUMN}")
 

@@ -142,9 +142,9 @@ def test_the_first_worker_shows_that_it_is_alive(tmp_path, monkeypatch):
         ([hang(0, "forward", workers=1)], "no progress for 4 minutes: worker 0 (host-0) computes a forward pass"),
         ([hang(rank, "setup", workers=2) for rank in range(2)], "worker 0 (host-0) loads the model; worker 1 (host-1)"),
         ([hang(rank, "data", workers=6) for rank in range(6)], "worker 3 (host-3) waits for its rows; 2 more likewise"),
-        ([hang(0, "step", workers=7)], "workers 1, 2, 3, 4 and 2 more do not answer; 1 other waits in step"),
+        ([hang(0, "step", workers=7)], "workers 1, 2, 3, 4 and 2 more do not respond; 1 other waits in step"),
         ([hang(0, "step", workers=2), hang(1, "backward", workers=2)], "1 other waits in step; 1 other waits in backward"),
-        ([hang(0, "data", ends=True, workers=1)], "; the workers end and start again from the newest checkpoint"),
+        ([hang(0, "data", ends=True, workers=1)], "; the workers will restart from the newest checkpoint"),
     ],
 )  # fmt: skip
 def test_who_keeps_whom_waiting(reports, line):

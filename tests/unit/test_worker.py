@@ -21,5 +21,6 @@ def test_workers_that_ray_put_on_one_node_do_not_all_keep_the_experts_there(expe
         return
     message = refusal(check_alone, config, together)
     assert holds(
-        message, "model.experts=kt takes one worker on each node, but 2 … same; use scaling.placement=spread, or fewer"
+        message,
+        "model.experts=kt needs one worker per node, but 2 are on the same one; use scaling.placement=spread, or fewer",
     )

@@ -25,14 +25,14 @@ def default_subset(dataset: str, where: str) -> str:
         subsets = list_subsets(dataset)
     except hub.error_types() as error:
         reason = hub.reason_of(error) or hub.UNUSABLE
-        raise RequestError(f"{where}: the subsets of {dataset} on the hub cannot be listed: {reason}") from None
+        raise RequestError(f"{where}: the subsets of {dataset} on the Hub cannot be listed: {reason}") from None
     if "default" in subsets:
         return "default"
     if len(subsets) == 1:
         return subsets[0]
     if not subsets:
         raise RequestError(
-            f"{where}: the hub has no Parquet files of {dataset} (branch ~parquet); set folder to read the dataset's own files"
+            f"{where}: the Hub has no Parquet files of {dataset} (branch ~parquet); set folder to read the dataset's own files"
         )
     names = f"{', '.join(subsets[:20])}{' …' if len(subsets) > 20 else ''}"
     raise RequestError(f"{where}: {dataset} has {len(subsets)} subsets; set subset to one of {names}")

@@ -45,14 +45,14 @@ def follow_to_end(name: str, namespace: list[str], notify: Notify, log: ShownLog
             break
         except KeyboardInterrupt:
             if stopping or not pressed_again(name):
-                notify(f"\n{name}: runs on; the same command comes back to it")
+                notify(f"\n{name}: is still running; the same command attaches to it again")
                 return INTERRUPTED
             stopping = True
             followed.stop()
         finally:
             followed.close()
     if state.deployment == INVALID:
-        raise RequestError(f"KubeRay refuses RayJob {name} ({one_line(state.message)}); install KubeRay 1.7 or newer")
+        raise RequestError(f"KubeRay rejects RayJob {name} ({one_line(state.message)}); install KubeRay 1.7 or newer")
     notify(f"{name}: has {state.ending(log.tail)}")
     return state.exit_code(log.tail)
 
@@ -96,8 +96,8 @@ class _Followed:
                 raise
             if silent > LOST_SECONDS:
                 raise Lost(
-                    f"Kubernetes has not answered for {silent / 60:.0f} minutes ({error.reason}); {self._name} may be "
-                    "running: the same command comes back to it"
+                    f"Kubernetes has not answered for {silent / 60:.0f} minutes ({error.reason}); {self._name} may be running: "
+                    "the same command attaches to it again"
                 ) from None
             if not self._silent:
                 self._notify(
@@ -110,7 +110,7 @@ class _Followed:
         self._silent, self._answered = False, time.monotonic()
         if found is None:
             raise RunFailed(
-                f"RayJob {self._name} no longer exists, as it was deleted; the same command starts it again"
+                f"RayJob {self._name} no longer exists, because it was deleted; the same command starts it again"
             )
         return found
 
@@ -158,9 +158,9 @@ class _Followed:
         stream = self._stream
         if stream is None:
             delete = " ".join(["kubectl delete rayjob", self._name, *self._namespace])
-            raise RequestError(f"{self._name}: does not run yet, so that nothing can be stopped; {delete} removes it")
+            raise RequestError(f"{self._name}: is not running yet, so there is nothing to stop; {delete} removes it")
         stream.stop_job()
-        self._notify(f"\n{self._name}: is asked to stop; it has {STOP_SECONDS} s to write a checkpoint")
+        self._notify(f"\n{self._name}: was asked to stop; it has {STOP_SECONDS} s to write a checkpoint")
 
     def close(self) -> None:
         """End the connection to the log."""

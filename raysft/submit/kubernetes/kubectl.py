@@ -14,12 +14,12 @@ COMMAND_SECONDS = 300
 _REMEDIES = (
     (
         ("forbidden",),
-        "kubectl may not do this",
-        "ask for the right, or use cluster.namespace or a context where you have it",
+        "kubectl is not allowed to do this",
+        "ask for permission, or use cluster.namespace or a context where you have it",
     ),
     (
         ("no matches for kind", "doesn't have a resource type"),
-        "the cluster does not know all kinds of objects",
+        "the cluster does not know all resource types",
         "install KubeRay's operator 1.7 or newer (RayJob), and the Prometheus operator for cluster.prometheus",
     ),
     (
@@ -32,10 +32,14 @@ _REMEDIES = (
             "no such host",
             "timeout",
         ),
-        "kubectl reaches no cluster",
+        "kubectl cannot reach a cluster",
         "choose one with kubectl config use-context, and try kubectl get nodes",
     ),
-    (("unauthorized", "logged in"), "the cluster does not know you", "log in, and try kubectl get nodes"),
+    (
+        ("unauthorized", "logged in"),
+        "the cluster does not recognize your credentials",
+        "log in, and try kubectl get nodes",
+    ),
     (("unknown field",), "the cluster has an older KubeRay", "install KubeRay's operator and its CRDs, 1.7 or newer"),
 )
 """Words in kubectl's messages, in lower case; what they mean; what to do."""
@@ -64,7 +68,7 @@ def program() -> str:
     path = shutil.which("kubectl")
     if path is None:
         raise RequestError(
-            "kubectl is not installed, but raysft starts jobs on Kubernetes with it; install it, or write the documents "
+            "kubectl is not installed, but raysft needs it to start jobs on Kubernetes; install it, or write the manifests "
             "with --render FILE and apply them elsewhere"
         )
     return path
@@ -90,8 +94,9 @@ def kubectl(verb: str, *arguments: str, given: str | None = None) -> str:
         )
     except subprocess.TimeoutExpired:
         raise KubectlFailed(
-            f"kubectl {verb} had no answer after {COMMAND_SECONDS} seconds; try kubectl get nodes, then the same command again",
-            f"kubectl had no answer after {COMMAND_SECONDS} seconds",
+            f"kubectl {verb} did not respond within {COMMAND_SECONDS} seconds; try kubectl get nodes, then the same command "
+            "again",
+            f"kubectl did not respond within {COMMAND_SECONDS} seconds",
         ) from None
     if done.returncode:
         raise _refusal(verb, done.stderr)

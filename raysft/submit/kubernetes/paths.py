@@ -23,12 +23,12 @@ def refuse_local_paths(config: Config) -> None:
             raise RequestError(f"{key}={path} would be lost with the pods; {_remedy_for_storage(config.cluster)}")
         if not _is_visible(path, config.cluster):
             hub = (
-                "a name of the Hugging Face Hub"
+                "a Hugging Face Hub id"
                 if key.startswith(("model.", "evaluate.", "generate."))
                 else "a URI (s3://…, hf://…)"
             )
             raise RequestError(
-                f"{key}={path} is no path that the pods see; use {hub}, or a path below {_seen(config.cluster)}"
+                f"{key}={path} is not a path that the pods can access; use {hub}, or a path below {_seen(config.cluster)}"
             )
 
 

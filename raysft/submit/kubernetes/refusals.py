@@ -56,11 +56,11 @@ def _refuse_missing(config: Config) -> None:
         )
     if cluster.volume.size and not cluster.volume.claim:
         raise RequestError(
-            f"cluster.volume.size={cluster.volume.size} has no claim to create; set cluster.volume.claim to its name"
+            f"cluster.volume.size={cluster.volume.size} needs a claim to create; set cluster.volume.claim to its name"
         )
     if config.scaling.address:
         raise RequestError(
-            f"scaling.address={config.scaling.address} names another cluster than the one that the job starts; remove it"
+            f"scaling.address={config.scaling.address} names a different cluster from the one that the job starts; remove it"
         )
 
 
@@ -99,7 +99,8 @@ def _refuse_gpus(config: Config) -> None:
         )
     if gpus and not use_gpu:
         raise RequestError(
-            f"cluster.workers.gpus={gpus} would stand idle, as scaling.use_gpu=false; set scaling.use_gpu=true, or remove gpus"
+            f"cluster.workers.gpus={gpus} would be idle, because scaling.use_gpu=false; set scaling.use_gpu=true, or remove "
+            "gpus"
         )
     engine = config.generate.gpus_per_engine
     if config.generates and verb_of(config) != "evaluate" and engine > max(gpus, 1):
@@ -119,8 +120,8 @@ def _refuse_volume(config: Config, pods: WorkerPods) -> None:
         )
     if volume.claim and volume.access_mode == "ReadWriteOnce" and pods.most + data > 1:
         raise RequestError(
-            f"cluster.volume.access_mode=ReadWriteOnce serves one node, but the job has {pods.most + data} pods beside the head; "
-            "use a ReadWriteMany volume (NFS, CephFS, Filestore, EFS), or a URI as run.storage"
+            f"cluster.volume.access_mode=ReadWriteOnce serves one node, but the job has {pods.most + data} pods in addition to "
+            "the head; use a ReadWriteMany volume (NFS, CephFS, Filestore, EFS), or a URI as run.storage"
         )
 
 
@@ -130,7 +131,7 @@ def _refuse_rules(config: Config) -> None:
         return
     if cluster.queue:
         raise RequestError(
-            f"cluster.release_workers=true removes pods that Kueue has admitted together, but cluster.queue={cluster.queue}; "
+            f"cluster.release_workers=true deletes pods that Kueue has admitted together, but cluster.queue={cluster.queue}; "
             "set release_workers=false"
         )
     if config.scaling.is_elastic and verb_of(config) in ("run", "evaluate"):

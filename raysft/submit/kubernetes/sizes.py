@@ -61,7 +61,7 @@ def head_memory(pods: int) -> str:
 
 def _data_nodes(config: Config) -> list[Node]:
     data = config.cluster.data_workers
-    return [Node(float(data.cpus), name="a pod for data")] * data.replicas
+    return [Node(float(data.cpus), name="a data pod")] * data.replicas
 
 
 def _of_training(config: Config) -> WorkerPods:
@@ -71,7 +71,7 @@ def _of_training(config: Config) -> WorkerPods:
     if workers.replicas and workers.replicas != most:
         held = f" of {workers.gpus} GPUs" if workers.gpus else ""
         raise RequestError(
-            f"cluster.workers.replicas={workers.replicas} pods{held} do not make scaling.num_workers={_given(config)}; "
+            f"cluster.workers.replicas={workers.replicas} pods{held} do not add up to scaling.num_workers={_given(config)}; "
             f"remove replicas (the run needs {most}), or change scaling.num_workers"
         )
     return WorkerPods(fewest, most)
@@ -96,7 +96,7 @@ def _cpu_pods(config: Config, workers: int) -> int:
     per_pod = Node(float(cpus)).capacity(per_worker)
     if not per_pod:
         raise RequestError(
-            f"scaling.cpus_per_worker={per_worker:g} needs {per_worker:g} CPUs of one pod, but cluster.workers.cpus={cpus}; "
+            f"scaling.cpus_per_worker={per_worker:g} needs {per_worker:g} CPUs in one pod, but cluster.workers.cpus={cpus}; "
             f"use cluster.workers.cpus={math.ceil(per_worker + TASK_CPUS)}, or lower scaling.cpus_per_worker"
         )
     pods = math.ceil(workers / per_pod)
@@ -109,8 +109,8 @@ def _of_sweep(config: Config) -> WorkerPods:
         return WorkerPods(workers.replicas, workers.replicas)
     if not trials:
         raise RequestError(
-            "a sweep runs as many trials at a time as there is room for, but neither cluster.workers.replicas nor "
-            "tune.max_concurrent is set; set one of them"
+            "a sweep runs as many trials at a time as fit, but neither cluster.workers.replicas nor tune.max_concurrent is "
+            "set; set one of them"
         )
     cpus = trials * (scaling.most_workers * scaling.cpus_per_worker + TASK_CPUS)
     pods = math.ceil(cpus / workers.cpus)

@@ -34,10 +34,10 @@ def submit(config: Config, notify: Callable[[str], None]) -> str:
         status = found[1] if len(found) > 1 else "new"
         if status in ENDED:
             raise RequestError(
-                f"RayJob {name} has ended ({status}), and Kubernetes keeps it; to go on from the newest checkpoint, run "
+                f"RayJob {name} has ended ({status}), and Kubernetes keeps it; to resume from the newest checkpoint, run "
                 f"{kubectl_command(config, f'delete rayjob {name}')}, then the same command"
             )
-        notify(f"RayJob {name} is there already ({status})")
+        notify(f"RayJob {name} already exists ({status})")
         return name
     # Applied by the server: kubectl alone would copy the document into an annotation, which holds less than a ConfigMap.
     for line in kubectl("apply", "--server-side", *namespace, "--filename", "-", given=text).splitlines():

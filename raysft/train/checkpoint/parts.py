@@ -145,5 +145,5 @@ def read_state(folder: StoragePath, local_folder: StoragePath, part: int) -> dic
         return (local_folder / name).read(read_rest)
     except pickle.UnpicklingError:
         (folder / DAMAGED).write_text(json.dumps({"file": name}))
-        what = "more than tensors and plain values, which no training has written"
+        what = "more than tensors and plain values, which no training run has written"
         raise CorruptCheckpoint(f"{folder / name} holds {what}") from None
