@@ -24,7 +24,7 @@ from raysft.estimate.sizes import Activations, ModelSizes, Weight
 from raysft.storage.local_cache import local_copy
 from raysft.storage.retry import retry_for
 
-METHOD = 7
+METHOD = 8
 """Counts up when the trace changes, so that older results in a cache are not used."""
 SHARES = 20
 """The share of loss tokens is rounded up to a multiple of 1 / SHARES, so that other data finds the same result."""

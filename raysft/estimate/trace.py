@@ -31,7 +31,7 @@ from raysft.models.fused_layers import ROTARY, fuse_layers
 from raysft.models.recomputation import is_recomputed
 from raysft.models.torch_internals import LiveBytes, fake_tensors
 from raysft.models.transformers_internals import attention_implementation, can_set_attention
-from raysft.train.loss import CHUNK_TOKENS, TokenLoss
+from raysft.train.loss import TokenLoss
 from raysft.train.objective import objective_of
 from raysft.train.reference import Reference
 from raysft.train.router_loss import RouterLoss
@@ -39,8 +39,8 @@ from raysft.train.router_loss import RouterLoss
 INPUTS = ("input_ids", "position_ids", "targets")
 LOSS_ROWS = (1, 2, 4, 8, 16, 32, 64)
 """Rows of a microbatch for which the loss is traced, beside those of the config."""
-MANY_CHUNKS = 32
-"""Chunks of logits beyond which the loss is traced for no more rows than are needed: a call of each takes 20 ms."""
+FIRST, LAST = 2, 3
+"""Chunks of logits that are traced at both ends; those between them are one, without logits: a call of each takes 20 ms."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,35 @@ class _TracedLoss(TokenLoss):
     """Hidden states to take instead of the decoder's."""
     needs_mask = False
     """The decoder would make a mask from the values of the positions."""
+    most = 0
+    """Tokens of a chunk of logits."""
 
     def _chosen(self, targets: torch.Tensor) -> torch.Tensor:
         return torch.arange(self.loss_tokens)
+
+    def _parts(self, tokens: int, chunks: int) -> list[slice]:
+        """Divide loss tokens into few parts, of which all but one are as large as the training's.
+
+        That one's gradient is there before those of the first parts, and waits with them until those of the last are added up.
+        """
+        self.most = size = -(-tokens // chunks)
+        if chunks <= FIRST + LAST + 1:
+            return super()._parts(tokens, chunks)
+        bounds = [*range(0, (FIRST + 1) * size, size), *range((chunks - LAST) * size, (chunks + 1) * size, size)]
+        return list(map(slice, bounds, bounds[1:]))
+
+    def _chunks(self, *columns: Any) -> list[tuple[torch.Tensor | None, ...]]:
+        def narrow(targets: Any) -> Any:
+            return targets[:1] if len(targets) > self.most else targets
+
+        return [
+            (hidden, anchor, narrow(targets), *rest) for hidden, anchor, targets, *rest in super()._chunks(*columns)
+        ]
+
+    def narrow(self, head: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor] | None:
+        """Let the head compute one row of logits of a part that is larger, whose gradient is as large as the part."""
+        (hidden,) = inputs
+        return ((hidden * 1).sum(0, keepdim=True),) if len(hidden) > self.most else None
 
     def hidden_states(
         self,
@@ -174,18 +200,11 @@ def trace(config: Config, model: Any, tokens: int, loss_share: float) -> Activat
             if parameter.requires_grad:
                 # The stages of ZeRO decide where gradients are kept; here each one goes at once.
                 parameter.register_post_accumulate_grad_hook(forget_gradient)
+        without_adapters(model).get_output_embeddings().register_forward_pre_hook(loss.narrow)
         shape = _Shape(tokens, loss_share, config.autocast)
         runs = [_run(loss, layers, rows, shape) for rows in (1, 2)]
-        losses = {rows: _loss_alone(loss, rows, shape) for rows in _rows_of_loss(config.micro_batch_size, shape)}
+        losses = {rows: _loss_alone(loss, rows, shape) for rows in sorted({config.micro_batch_size, *LOSS_ROWS})}
     return _activations(runs, counts, losses, tokens, [is_recomputed(layer) for layer in layers])
-
-
-def _rows_of_loss(rows: int, shape: _Shape) -> list[int]:
-    """Return the rows of a microbatch for which to trace the loss."""
-    few = [
-        each for each in LOSS_ROWS if each <= 2 or each * shape.tokens * shape.loss_share <= MANY_CHUNKS * CHUNK_TOKENS
-    ]
-    return sorted({rows, *few})
 
 
 def forget_gradient(parameter: torch.Tensor) -> None:

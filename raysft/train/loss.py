@@ -139,10 +139,16 @@ class TokenLoss(nn.Module):
         beside = [None if each is None else each.reshape(-1)[chosen] for each in (weights, sources)]
         states = [None if each is None else each.reshape(-1, each.shape[-1])[chosen] for each in (hidden, anchor)]
         chunks = -(-(self.max_tokens or len(targets)) // CHUNK_TOKENS)
+        parts = self._parts(len(targets), chunks)
         columns = [
-            [None] * chunks if values is None else _split(values, chunks) for values in (*states, targets, *beside)
+            [None if values is None else values[part] for part in parts] for values in (*states, targets, *beside)
         ]
         return list(zip(*columns, strict=True))
+
+    def _parts(self, tokens: int, chunks: int) -> list[slice]:
+        """Divide loss tokens into exactly ``chunks`` parts; the last ones may be empty."""
+        size = -(-tokens // chunks)
+        return [slice(index * size, (index + 1) * size) for index in range(chunks)]
 
     def _chosen(self, targets: torch.Tensor) -> torch.Tensor:
         """[tokens] True where there is a loss, in at least one place."""
@@ -219,12 +225,6 @@ def scaled(logits: torch.Tensor, model: Any) -> torch.Tensor:
     scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
     logits = logits * scale if scale != 1.0 else logits
     return cap * torch.tanh(logits / cap) if cap else logits
-
-
-def _split(values: torch.Tensor, chunks: int) -> list[torch.Tensor]:
-    """Split into exactly ``chunks`` parts; the last ones may be empty."""
-    size = -(-len(values) // chunks)
-    return [values[index * size : (index + 1) * size] for index in range(chunks)]
 
 
 def _chunk_loss(

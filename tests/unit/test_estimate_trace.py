@@ -216,11 +216,23 @@ def test_a_model_that_cannot_be_traced_gets_a_formula(folder, monkeypatch):
     assert found.saved(1) > 4 * 96 * 64 * 4
 
 
-def test_the_loss_of_many_chunks_is_traced_for_few_rows(folder):
-    """Each chunk takes time: 64 rows of 131,072 tokens would be 8,192 of them."""
-    config = config_of(folder, folder / "model", {"data.sequence_length": 12_000})
-    assert sorted(model_of(config)[1].loss) == [1, 2]
-    assert max(model_of(with_overrides(config, {"data.sequence_length": 96}))[1].loss) == 64
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"train.zero_stage": 3}, {"model.finetuning": "lora", "train.loss": "asft"}],
+)
+def test_few_chunks_of_logits_need_what_many_need(folder, monkeypatch, settings):
+    """A call of each takes time: 64 rows of 131,072 tokens would be 8,192 of them."""
+    config = config_of(folder, folder / "model", {"data.sequence_length": 9_900, **settings})
+    hf_config = AutoConfig.from_pretrained(config.model.path)
+    monkeypatch.setattr("raysft.estimate.trace.LOSS_ROWS", (1, 2))
+
+    def traced() -> list[float]:
+        found = trace(config, model_without_weights(config, hf_config), 9_900, 1.0).loss
+        return [number for rows in (1, 2) for number in (found[rows].peak, found[rows].left)]
+
+    few = traced()
+    monkeypatch.setattr("raysft.estimate.trace.LAST", 1_000)
+    assert few == pytest.approx(traced(), rel=1e-4)  # but for a few numbers of each chunk
 
 
 def test_a_second_estimate_is_read_from_the_cache(folder, monkeypatch):
