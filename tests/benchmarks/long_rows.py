@@ -94,7 +94,7 @@ def main() -> None:
 
         text = AutoConfig.from_pretrained(model).get_text_config()
         print(
-            "| option | longest row | estimated | measured | beside it | process | seconds |\n|---|--:|--:|--:|--:|--:|--:|"
+            "| option | longest row | estimated | measured | offloaded | process | seconds |\n|---|--:|--:|--:|--:|--:|--:|"
         )
         for option in options(text.num_hidden_layers, text.num_attention_heads):
             if parsed.only in option.name:
