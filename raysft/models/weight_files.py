@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from raysft.errors import RequestError
+from raysft.models.adapter_files import MADE
 from raysft.storage.hub_snapshots import is_snapshot
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -47,6 +48,16 @@ def check_weights(folder: Path, named: str) -> None:
     """
     if not folder.is_dir():
         return
+    try:
+        _check_files(folder, named)
+    except RequestError as error:
+        if not MADE.fullmatch(folder.name):
+            raise
+        fact = str(error).rpartition(";")[0]
+        raise RequestError(f"{fact}; remove that folder of the cache, so that it is made again") from None
+
+
+def _check_files(folder: Path, named: str) -> None:
     adapter = [folder / name for name in ADAPTER_FILES if (folder / name).exists()]
     found = next(iter(adapter or [folder / name for name in MODEL_FILES if (folder / name).exists()]), None)
     if found is None:

@@ -137,8 +137,11 @@ def _check_base(base: str, exported: Exportable) -> None:
     if may_be_on_hub(base):
         return
     if StoragePath.of(base).parent in exported.caches:
+        named = StoragePath.of(base).name.startswith("dequantized-")
+        remedy = f", or name the model that it is a copy of: raysft export MODEL --no-merge --adapters {exported.name}"
         raise RequestError(
             f"--no-merge: the adapter's base is a copy in the cache, {base}, which exists nowhere else; remove --no-merge"
+            + (remedy if named else "")
         )
     Terminal().line(f"the adapter names {base} as its base: to load it, the model must be available there")
 

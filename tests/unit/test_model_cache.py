@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from raysft.errors import RequestError, RunFailed
+from raysft.models.weight_files import check_weights
 from raysft.storage.model_cache import boot, in_cache
 from raysft.storage.path import StoragePath
+from tests.messages import holds, refusal
 
 
 @pytest.fixture
@@ -72,3 +74,14 @@ def test_who_waits_for_another_process_says_so(target):
         write(target.local)
     waiting.join(60)
     assert told == [f"model: waiting for another process, which writes {target}"]
+
+
+def test_a_damaged_copy_is_to_be_removed_not_copied_again(tmp_path):
+    folder = tmp_path / "dequantized-0123456789abcdef"
+    write(folder)
+    check_weights(folder, str(folder))
+    (folder / "model.safetensors").write_bytes(b"half")
+    told = refusal(check_weights, folder, str(folder))
+    assert holds(
+        told, f"{folder}: model.safetensors is damaged … ; remove that folder of the cache, so that it is made again"
+    )
