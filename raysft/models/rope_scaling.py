@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raysft.config import Config
+from raysft.config import Config, with_overrides
 from raysft.config.rope_scaling import OWN, rope_settings
 from raysft.errors import RequestError, as_yaml, one_line
 from raysft.models.fingerprint import model_fingerprint, tokenizer_fingerprint
@@ -87,6 +87,17 @@ def scaled_config(config: Config, hf_config: Any, notify: Callable[[str], None],
             f"for which transformers does not take it ({_reason(error)}); remove it, or use another model"
         ) from None
     return scaled
+
+
+def can_be_scaled(config: Config, hf_config: Any) -> bool:
+    """Return True if ``model.rope_scaling`` has scaled a model's positions, or ``yarn`` would."""
+    if config.model.rope_scaling is not None:
+        return True
+    try:
+        scaled_config(with_overrides(config, {"model.rope_scaling": "yarn"}), hf_config, lambda line: None)
+    except RequestError:
+        return False
+    return True
 
 
 def with_rope_scaling(

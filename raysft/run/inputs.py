@@ -288,7 +288,7 @@ def read_evaluation(config: Config, notify: Callable[[str], None]) -> Evaluation
     """
     from raysft.models.adapter_files import check_packable
     from raysft.models.attention import kernel
-    from raysft.models.rope_scaling import positions_of
+    from raysft.models.rope_scaling import can_be_scaled, positions_of
     from raysft.train.check_model import check_positions, check_shared_rows
     from raysft.train.deepspeed_config import deepspeed_settings
 
@@ -305,7 +305,8 @@ def read_evaluation(config: Config, notify: Callable[[str], None]) -> Evaluation
     check_tokens((manifest.largest_token for manifest in manifests), rows, model.tokenizer, model.named)
     check_evaluable(manifests, eval_rows, notify)
     positions = positions_of(model.hf_config)
-    for line in beyond_lines(config, plan_sources(manifests, positions=positions), positions):
+    scales = not positions or config.data.sequence_length <= positions or can_be_scaled(config, model.hf_config)
+    for line in beyond_lines(config, plan_sources(manifests, positions=positions), positions, scales):
         notify(f"warning: {line}")
     return EvaluationInputs(model, manifests, eval_rows)
 

@@ -107,6 +107,8 @@ class Plan:
     """One line for each problem that would otherwise show only in the results."""
     positions: int | None = None
     """Positions of the model, scaled ones included; None if it has no limit."""
+    can_be_scaled: bool = True
+    """False if rows are longer than these, and ``model.rope_scaling`` does not go with the model."""
     generation: GenerationPlan | None = None
     """Predictions during the training; None if there are none."""
     sequence_parallel: int = 1
@@ -263,11 +265,20 @@ def make_plan(
         shared_files=prepared.shared_files,
         missing_tokens=prepared.missing_tokens,
         positions=positions,
+        can_be_scaled=_can_be_scaled(config, positions, hf_config),
         generation=plan_generation(config, nodes, row_plan.steps),
         sequence_parallel=scaling.sequence_parallel,
         groups_cross_nodes=_cross_nodes(config, nodes, workers),
     )
     return replace(plan, warnings=tuple(warnings(config, plan)))
+
+
+def _can_be_scaled(config: Config, positions: int | None, hf_config: Any) -> bool:
+    from raysft.models.rope_scaling import can_be_scaled
+
+    if hf_config is None or positions is None or config.data.sequence_length <= positions:
+        return True
+    return can_be_scaled(config, hf_config)
 
 
 def _cross_nodes(config: Config, nodes: Sequence[Node], workers: int) -> bool:

@@ -189,18 +189,21 @@ def lost_records(config: Config, plan: Plan) -> Iterator[str]:
 
 def beyond_positions(config: Config, plan: Plan) -> Iterator[str]:
     """A model was never trained on positions beyond its own."""
-    yield from beyond_lines(config, {**plan.evaluation, **plan.sources}, plan.positions)
+    yield from beyond_lines(config, {**plan.evaluation, **plan.sources}, plan.positions, plan.can_be_scaled)
 
 
-def beyond_lines(config: Config, sources: Mapping[str, SourcePlan], positions: int | None) -> Iterator[str]:
+def beyond_lines(
+    config: Config, sources: Mapping[str, SourcePlan], positions: int | None, can_be_scaled: bool = True
+) -> Iterator[str]:
     """Yield the warnings about sources that give a model more positions than it has; None: it has no limit."""
     asked, row = config.model.rope_scaling, config.data.sequence_length
     if positions is None or row <= positions:
         return  # rows cut longer documents
-    remedy = (
+    lower = f"lower data.sequence_length to {positions}"
+    scale = (
         "set model.rope_scaling=yarn" if asked is None else f"raise the factor of model.rope_scaling={as_yaml(asked)}"
     )
-    remedy = f"beyond which it was never trained; {remedy}, or lower data.sequence_length to {positions}"
+    remedy = f"beyond which it was never trained; {f'{scale}, or {lower}' if can_be_scaled else lower}"
     if config.stage == "pt" and not config.data.document_mask:
         yield (
             f"with data.document_mask=false each row is one text of {row:,} tokens, longer than the model's {positions:,} "

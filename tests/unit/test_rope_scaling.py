@@ -17,7 +17,7 @@ from raysft.config.llamafactory.conversion import convert
 from raysft.generate.engines.batching import obstacle
 from raysft.generate.engines.static import TransformersEngine
 from raysft.models.examples import Examples, Slice, begin
-from raysft.models.rope_scaling import positions_of, scaled_config
+from raysft.models.rope_scaling import can_be_scaled, positions_of, scaled_config
 from raysft.run.inputs import check_model_files, find_other_model
 from raysft.run.warnings import beyond_positions, warnings
 from raysft.train.export import save
@@ -245,6 +245,8 @@ def described_model(folder: Path, base: Path, kind: str, **settings: Any) -> Pat
 def test_models_whose_positions_cannot_be_scaled_are_refused(tmp_path, base, kind, settings, scaling, said):
     model = described_model(tmp_path / "model", base, kind, **settings)
     told = refusal(check_model_files, make_config(tmp_path, model, scaling), lambda line: None)
+    further = scaling == "llama3"  # it has yarn, with a larger factor too
+    assert can_be_scaled(make_config(tmp_path, model, None), AutoConfig.from_pretrained(model)) == further
     assert all(part in told for part in said.split("… ")), told
 
 
@@ -285,6 +287,9 @@ def test_examples_beyond_the_positions_are_told_with_the_remedy(tmp_path, base):
     assert holds(
         line, "source 'a': 12 of 20,000 examples … 1,024 positions … 1,900 tokens … model.rope_scaling=yarn … 1024"
     )
+    (line,) = warnings(with_overrides(make_config(tmp_path, base, None), long), replace(planned, can_be_scaled=False))
+    assert "trained; lower data.sequence_length to 1024" in line
+    assert "rope_scaling" not in line
     (line,) = warnings(with_overrides(make_config(tmp_path, base, {"rope_type": "yarn", "factor": 2}), long), planned)
     assert "raise the factor of model.rope_scaling" in line
 
