@@ -21,7 +21,7 @@ class RunFailed(RuntimeError):
 
 
 class RunStopped(Exception):
-    """The run ended before its end because it was asked to, and kept its work; the same command goes on. Exit code 75."""
+    """The run ended before its end because it was asked to, and kept its work; the same command resumes it. Exit code 75."""
 
 
 class StorageFailed(RuntimeError):

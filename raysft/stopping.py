@@ -24,7 +24,7 @@ class StopRequest:
     until: float | None = None
     """When the machine goes, in seconds since 1970; None if that is not known."""
     elsewhere: bool = False
-    """True if only this machine goes, so that the run could go on elsewhere at once."""
+    """True if only this machine goes, so that the run could continue elsewhere at once."""
 
 
 class Stopping:
@@ -34,7 +34,7 @@ class Stopping:
         self._lock = threading.Lock()
         self._listeners: list[Callable[[StopRequest], None]] = []
         self.request: StopRequest | None = None
-        """None while the run may go on."""
+        """None while the run may continue."""
         self.finishing = 0
         """Above 0 while the work under way comes to an orderly end by itself after a request; else a signal interrupts it."""
 

@@ -139,7 +139,7 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 def draw_actor_ids_from_system() -> None:
     """Let the ids of actor classes come from the operating system, and not from a generator in Ray's core.
 
-    Importing a class of actors draws one. Forks of this process would go on with the same numbers, which are also the ids of
+    Importing a class of actors draws one. Forks of this process would continue with the same numbers, which are also the ids of
     their objects: two that start at a time would crash, and Ray renews the lease of one that crashes while it starts only after
     a minute.
     """

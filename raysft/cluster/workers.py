@@ -49,7 +49,7 @@ class ForkServer:
             stack.pop_all()
 
     def stop(self) -> None:
-        """End the server; its forks go on."""
+        """End the server; its forks continue."""
         self._process.kill()
         self._process.wait()
         shutil.rmtree(os.path.dirname(self.address), ignore_errors=True)

@@ -142,7 +142,7 @@ class Config(Section):
 
     @property
     def starts_as_base(self) -> bool:
-        """True if the model surely computes what it computes without its adapter, until the first step."""
+        """True if the model certainly computes what it computes without its adapter, until the first step."""
         lora, continues = self.model.lora, bool(self.model.adapters) and not self.model.new_adapter
         if self.model.finetuning == "lora":
             # B is zero in a new adapter, so that it adds exactly zero, unless float16 overflows before the product with B.

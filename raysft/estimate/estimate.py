@@ -1,6 +1,6 @@
 """Everything that a training needs, against what there is: lines for the plan, warnings, and refusals.
 
-A run is refused only if it surely cannot fit: a lower bound of its memory is above 1.05 times what a worker has.
+A run is refused only if it certainly cannot fit: a lower bound of its memory is above 1.05 times what a worker has.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Training:
     """Rows of a step that each worker has."""
     microbatch: Microbatch
     filled: float = 1.0
-    """Share of the places of a microbatch that surely hold tokens in some step."""
+    """Share of the places of a microbatch that certainly hold tokens in some step."""
     reference: Any = None
     """The own config of ``train.reference_model``; None without one."""
 
@@ -146,7 +146,7 @@ def estimate(training: Training, place: Place) -> Estimate:
     """Estimate a training's memory.
 
     Raises:
-        RequestError: it surely does not fit.
+        RequestError: it certainly does not fit.
         Exception: of any type; the model cannot be made without its weights.
     """
     config = training.config

@@ -112,7 +112,7 @@ def estimate_evaluation(asked: Evaluation, nodes: Sequence[Node], found: tuple[N
         A line for the terminal.
 
     Raises:
-        RequestError: it surely does not fit.
+        RequestError: it certainly does not fit.
         Exception: of any type; the model cannot be made without its weights.
     """
     config = asked.config

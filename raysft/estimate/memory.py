@@ -179,7 +179,7 @@ def _beside(dynamic: float, setup: Setup, hardware: Hardware) -> float:
 
 
 def _sure(activations: Activations, kept: States, setup: Setup, rows: int, filled: float) -> float:
-    """Bytes that are surely there at once: while weights are loaded, at the end of the forward pass, or in the step."""
+    """Bytes that are certainly there at once: while weights are loaded, at the end of the forward pass, or in the step."""
     saved = filled * _saved(activations, setup, rows) if activations.traced else 0.0
     return max(kept.loading, kept.weights + kept.master + kept.moments + max(kept.kept + saved, kept.gradients))
 

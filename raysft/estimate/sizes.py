@@ -180,7 +180,7 @@ class Activations:
         return sum(count * saved for count, saved in kept), max((saved for _, saved in kept), default=0.0)
 
     def loss_at(self, rows: int) -> LossBytes:
-        """Return the bytes of the loss: those of the next larger number of rows that is known, or as the largest two go on."""
+        """Return the bytes of the loss: those of the next larger number of rows that is known, or as the largest two continue."""
         known = sorted(self.loss)
         above = next((each for each in known if each >= rows), None)
         if above is not None:

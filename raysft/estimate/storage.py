@@ -161,7 +161,7 @@ def write_beside(probe: str) -> str:
 
 
 def write_speed(config: Config, needed: Storage) -> float | None:
-    """Measure how many bytes a second the storage takes; None if checkpoints are small, or it is no folder."""
+    """Measure how many bytes a second the storage takes; None if checkpoints are small, or it is not a folder."""
     folder = config.run_place.parent.local
     if folder is None or needed.checkpoint < PROBE_FROM or not folder.is_dir():
         return None

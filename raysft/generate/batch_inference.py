@@ -69,7 +69,7 @@ def generate(
         progress: report progress on stderr.
         notify: gets a line when it is an output's turn.
         room: what the engines may use, and beside which scoring starts no tasks. Default: the whole cluster.
-        listener: hears how it goes on.
+        listener: is told of its progress.
 
     Returns:
         For each output, the rows of ``metrics.score`` and three about its generation. ``runtime`` is the time until its last

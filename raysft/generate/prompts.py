@@ -49,7 +49,7 @@ class Prompts:
         """Read names, and copy the tokens to a file without a name.
 
         Raises:
-            RequestError: the file is no Parquet file of prompts, or ids are not unique.
+            RequestError: the file is not a Parquet file of prompts, or ids are not unique.
         """
         try:
             file = pq.ParquetFile(path)

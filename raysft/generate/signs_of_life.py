@@ -21,7 +21,7 @@ READ_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Listener:
-    """What hears of a generation while it goes on."""
+    """What is told of a generation while it runs."""
 
     advanced: Callable[[int], None] = lambda predictions: None
     """Gets the number of predictions so far, of the output whose turn it is."""

@@ -46,7 +46,7 @@ def status(location: str) -> Status:
 def identity(location: str) -> Identity:
     """Return the size of a file with the hash of its content, if it is local, so that a copy is the same; else with its time.
 
-    Of what is no file, like a folder, nothing is told.
+    Of what is not a file, such as a folder, nothing is told.
 
     Raises:
         StorageFailed: its storage does not answer.

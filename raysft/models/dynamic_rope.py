@@ -43,7 +43,7 @@ class _Examplewise:
 
         Args:
             x: hidden states, for their type and device.
-            position_ids: [rows, tokens]; they count up from 0 in each example, or go on from an earlier call.
+            position_ids: [rows, tokens]; they count up from 0 in each example, or continue from an earlier call.
         """
         examples, own = current(), self._own
         if examples is not None and examples.lengths_of_tokens.numel() == position_ids.numel():

@@ -1,7 +1,7 @@
 """KTransformers' kernel for experts: what raysft uses of the package kt-kernel, which documents none of it, in one place.
 
 ``tests/contracts/test_kt_kernel.py`` checks that it exists. The kernel computes in bfloat16 on CPUs and needs no CUDA. Its package
-pins another version of torch and brings copies of sgl_kernel, deep_gemm and others, so it is no extra of raysft.
+pins another version of torch and brings copies of sgl_kernel, deep_gemm and others, so it is not an extra of raysft.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class ExpertSizes:
 
 
 def check_kernel(on_this_machine: bool = True) -> None:
-    """Refuse to go on without the kernel.
+    """Refuse to continue without the kernel.
 
     Args:
         on_this_machine: also look whether this machine's CPU has what the kernel needs.

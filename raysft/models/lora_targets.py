@@ -73,7 +73,7 @@ def target_experts(config: Any, model: Any) -> None:
 
 
 def target_routers(config: Any, model: Any) -> None:
-    """Make a peft config that names routers among its modules mean their weights: most routers are no linear layers.
+    """Make a peft config that names routers among its modules mean their weights: most routers are not linear layers.
 
     peft does so itself for some of the models that it knows.
     """

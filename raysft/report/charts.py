@@ -11,7 +11,7 @@ from raysft.report.read_run import RunLog, finite, series
 from raysft.report.text import visible
 
 NO_SCORES = ("_low", "_high", "examples", "unscored", "_runtime", "_per_second")
-"""Ends of the names of results that are no scores."""
+"""Ends of the names of results that are not scores."""
 MAX_SOURCES = 6
 """Number of sources whose training loss is drawn, one for each color of the page."""
 

@@ -59,7 +59,7 @@ def lineage(sweep: Sweep) -> Markup | None:
     for trial in rows:
         for name, step in trial.parents:
             if name in tops:
-                # Many trials go on at the same step: their arrows stand beside each other.
+                # Many trials continue at the same step: their arrows stand beside each other.
                 beside = ARROW_GAP * (at_step[step] % ARROWS)
                 at_step[step] += 1
                 text = _sentence(sweep, trial, name, step)

@@ -17,7 +17,7 @@ from raysft.storage.run_directory import MODEL_MARKS
 DRAFT = ".unfinished"
 """A hidden folder with what is written so far. One that was left by a process that died counts as nothing."""
 UNPUSHED = ".unpushed"
-"""A hidden file in an exported folder that is still to be pushed; it names the model, with which the same command goes on."""
+"""A hidden file in an exported folder that is still to be pushed; it names the model, with which the same command continues."""
 
 
 def holds(output: Path, model: str | None) -> bool:

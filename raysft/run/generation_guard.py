@@ -9,7 +9,7 @@ from collections.abc import Callable
 from raysft.stopping import Stopping
 
 PATIENCE = 3
-"""How many times ``train.hang_minutes`` nothing may go on. Workers that wait for predictions end themselves after four times;
+"""How many times ``train.hang_minutes`` nothing may happen. Workers that wait for predictions end themselves after four times;
 this comes before, and says what hangs."""
 
 

@@ -46,11 +46,11 @@ def with_needs(
         files: the model.
         prepared: its data.
         nodes: the cluster's nodes.
-        table: estimate in any case, and show the memory as a table. Otherwise a training on CPUs that is surely far below the
+        table: estimate in any case, and show the memory as a table. Otherwise a training on CPUs that is certainly far below the
             memory of its node is not estimated, since that takes seconds the first time.
 
     Raises:
-        RequestError: it surely does not fit, or a node does not see the storage.
+        RequestError: it certainly does not fit, or a node does not see the storage.
     """
     check_shared(config, nodes)
     return with_estimate(plan, config, files, prepared, nodes, table)
@@ -122,7 +122,7 @@ def _weight_bytes(files: ModelFiles) -> int:
 
 
 def _is_small(training: Training, weight_bytes: int, place: Place) -> bool:
-    """Return True for a training on CPUs that is surely far below the memory of its node."""
+    """Return True for a training on CPUs that is certainly far below the memory of its node."""
     if training.config.scaling.use_gpu or place.limit is None or training.reference is not None:
         return False
     if training.microbatch.images is not None:

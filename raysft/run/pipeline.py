@@ -34,7 +34,7 @@ def run_sft(config: Config | Mapping[str, Any] | str | Path, callbacks: Sequence
     Raises:
         RequestError: the request cannot be carried out.
         RunFailed: the run failed.
-        RunStopped: it was asked to stop, by Ctrl-C or otherwise, and kept its work; call this again to go on.
+        RunStopped: it was asked to stop, by Ctrl-C or otherwise, and kept its work; call this again to continue.
     """
     return run(_read_config(config, "sft"), callbacks or ())
 

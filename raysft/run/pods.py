@@ -36,7 +36,7 @@ def check_pods(config: Config, nodes: Sequence[Node], notify: Callable[[str], No
         notify: receives lines and warnings.
 
     Raises:
-        RequestError: it surely does not fit.
+        RequestError: it certainly does not fit.
     """
     batch, scaling = config.train.global_batch_size, config.scaling
     # Elastic workers begin with as many as find room at the start: with ZeRO, fewer need more each.

@@ -37,7 +37,7 @@ class Resumption:
     """First epoch with other data; 0 if the data is the same."""
 
     def best(self, config: Config, identity: Mapping[str, str]) -> Best | None:
-        """The best evaluation so far, if the training goes on to compare with it."""
+        """The best evaluation so far, if training continues and compares with it."""
         return known_best(config.train, self.cursor, identity) if self.cursor else None
 
     def forgotten_best(self, config: Config, identity: Mapping[str, str]) -> str:

@@ -104,7 +104,7 @@ class StepGenerator:
         self._stop(StopRequest("the workers restart"))
 
     def complete(self) -> None:
-        """Return once all requests have ended, one cannot be ended, or the run is asked to stop: the next call of it goes on."""
+        """Return once all requests have ended, one cannot be ended, or the run is asked to stop: the next call of it continues."""
         self._alone.set()
         with suppress(RunStopped), current().ending_by_itself():
             while self._requests.unfinished_tasks and current().request is None and self._given_up is None:
@@ -139,7 +139,7 @@ class StepGenerator:
 
     @contextmanager
     def _stoppable(self, epoch: int) -> Iterator[None]:
-        """Make the block something that can be stopped by itself; this thread is no part of the run's own."""
+        """Make the block something that can be stopped by itself; this thread is not part of the run's own."""
         with stoppable() as stopping:
             with self._lock:
                 if epoch != self._epoch:
@@ -162,7 +162,7 @@ class StepGenerator:
         self._tell(due, Status.DONE, results=results)
 
     def _predict(self, due: GenerationDue, room: Room | None) -> dict[str, float]:
-        """Predict and score for as long as something goes on.
+        """Predict and score for as long as there is progress.
 
         Raises:
             RunFailed: nothing did.
@@ -276,7 +276,7 @@ def predict_step(
         directory: the run directory, which has the prompts and the model.
         step: optimizer steps of the model.
         room: what the engines may use. Default: the whole cluster.
-        listener: hears how it goes on.
+        listener: is told of its progress.
 
     Returns:
         The numbers of the step's ``predict_results.json``.

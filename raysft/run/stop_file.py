@@ -16,14 +16,14 @@ SIGNS = ("config.yaml", ".lock")
 def request_stop(run: StoragePath, reason: str) -> None:
     """Ask the run in a run directory to save its work and end; it looks for this every few seconds.
 
-    A run that has not started yet ends when it does. It removes the file, so that the same command goes on afterwards.
+    A run that has not started yet ends when it does. It removes the file, so that the same command continues afterwards.
 
     Args:
         run: the run directory.
         reason: why, for the run's messages.
 
     Raises:
-        RequestError: it is no run directory, or cannot be written.
+        RequestError: it is not a run directory, or cannot be written.
     """
     try:
         with retry_for(FIRST_SECONDS):

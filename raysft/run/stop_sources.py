@@ -142,7 +142,7 @@ def asked_at(stopping: Stopping, moment: float, reason: str) -> Iterator[None]:
 
 @contextmanager
 def _file(stopping: Stopping, place: StoragePath) -> Iterator[Callable[[], None]]:
-    """Yield a function that looks for the file; remove it at the end if it was found, so that the same command goes on."""
+    """Yield a function that looks for the file; remove it at the end if it was found, so that the same command continues."""
     found: list[str] = []
 
     def look() -> None:

@@ -66,7 +66,7 @@ def plan_trials(
         notify: receives a line for each source that is tokenized.
 
     Raises:
-        RequestError: a trial surely cannot run; the message has its values.
+        RequestError: a trial certainly cannot run; the message has its values.
     """
     models = [check_model_files(trial, notify) for trial in trials]
     check_shared(trials[0], nodes)

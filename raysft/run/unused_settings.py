@@ -1,4 +1,4 @@
-"""Settings of the training that do nothing beside others. They are no error: the trials of a sweep may differ in the others."""
+"""Settings of the training that do nothing beside others. They are not errors: the trials of a sweep may differ in the others."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ def push(name: str, folder: Path, message: str, notify: Callable[[str], None]) -
         notify: receives a line about what is removed, and if there is nothing to commit.
 
     Raises:
-        RunFailed: the hub does not take it; the same call goes on.
+        RunFailed: the Hub does not accept it; the same call resumes the upload.
     """
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError

@@ -20,7 +20,7 @@ EVERY_SECONDS = 5.0
 LAST_SECONDS = 30.0
 """Longest time that a run which ends early waits for the storage."""
 FOLDERS = ("tensorboard", GENERATION)
-"""Folders that are uploaded. Only predictions are fetched again, which a run goes on with."""
+"""Folders that are uploaded. Only predictions are fetched again, which a run continues with."""
 SYNCED_HIDDEN_SUFFIXES = (".partial", ".done")
 """Suffixes of the hidden files that a run resumes from; other hidden files are drafts and locks."""
 

@@ -50,7 +50,7 @@ class JobTaken(Exception):
 
 
 def own_job() -> str | None:
-    """Return the submission id of the job that this process was started as; None if it is no job."""
+    """Return the submission id of the job that this process was started as; None if it is not a job."""
     given = json.loads(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}"))
     return (given.get("metadata") or {}).get(JOB_ID_METADATA_KEY)
 

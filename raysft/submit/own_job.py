@@ -20,7 +20,7 @@ WRONG_REQUEST, STOPPED_EARLY = 2, 75
 
 
 def helps_again(code: int, request: StopRequest | None) -> bool:
-    """Return True if another start of a command may end better, or go on.
+    """Return True if another start of a command may end better, or continue.
 
     Args:
         code: its exit code.

@@ -143,7 +143,7 @@ def _is_relative(path: str) -> bool:
 
 
 def _is_hub_id(path: str) -> bool:
-    """True if a path is no file of this machine and may name a model on the Hub."""
+    """True if a path is not a file on this machine and may name a model on the Hub."""
     package = path.startswith("package:")
     return may_be_on_hub(path) and not package and not path.endswith(".gguf") and not Path(path).exists()
 

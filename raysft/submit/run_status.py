@@ -62,7 +62,7 @@ def newest_checkpoint(directory: RunDirectory) -> str:
 
 
 def trial_states(directory: RunDirectory, problems: list[str]) -> Counter[str]:
-    """Number of a sweep's trials by their state; empty if it is no sweep. Up to a damaged line, of which ``problems`` tells."""
+    """Number of a sweep's trials by their state; empty if it is not a sweep. Up to a damaged line, of which ``problems`` tells."""
     last: dict[str, str] = {}
     try:
         for line in read_lines(directory.trials):

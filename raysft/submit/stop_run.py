@@ -20,10 +20,10 @@ LOOK_SECONDS = 15.0
 
 
 def stop_run(place: StoragePath, notify: Notify) -> None:
-    """Ask the run in a run directory to save its work and end, wait until it has, and say where it goes on.
+    """Ask the run in a run directory to save its work and end, wait until it has, and say where it resumes.
 
     Raises:
-        RequestError: it is no run directory.
+        RequestError: it is not a run directory.
         RunFailed: it has not ended in time.
     """
     with retry_for(FIRST_SECONDS, notify):

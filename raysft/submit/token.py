@@ -19,7 +19,7 @@ def find_token() -> tuple[str, str] | None:
     """Return the token and where it was found; None if there is none.
 
     Raises:
-        RequestError: ``RAY_AUTH_TOKEN_PATH`` names a file that cannot be read, or it is no token.
+        RequestError: ``RAY_AUTH_TOKEN_PATH`` names a file that cannot be read, or it is not a token.
     """
     if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
         return _checked(token, "RAY_AUTH_TOKEN")

@@ -252,7 +252,7 @@ class TrainingStopped:
     eval: dict[str, float]
     """Results of the latest evaluation."""
     failed: bool = False
-    """True if it cannot go on as it was asked to, False if it was asked to stop."""
+    """True if it cannot continue as it was asked to, False if it was asked to stop."""
 
 
 Event = (

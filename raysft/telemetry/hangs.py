@@ -1,4 +1,4 @@
-"""Who keeps the others waiting: put together from what each worker reports of itself when nothing goes on."""
+"""Who keeps the others waiting: put together from what each worker reports of itself when nothing makes progress."""
 
 from __future__ import annotations
 

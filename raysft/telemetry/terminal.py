@@ -36,7 +36,7 @@ class Terminal:
             self._console.on_broken_pipe()
 
     def advance(self, activity: str, done: int, total: int) -> None:
-        """Set the bar to ``done`` of ``total``; does nothing if stdout is no terminal."""
+        """Set the bar to ``done`` of ``total``; does nothing if stdout is not a terminal."""
         if not self._console.is_terminal:
             return
         if self._bar is None:

@@ -148,7 +148,7 @@ class Wandb(Appending):
             config=dict(config),
         )
         self._run.define_metric("*", step_metric=WANDB_AXIS)
-        # A run that goes on has its summary again. Offline it has none, and gets the whole log: where both starts are sent to the
+        # A run that continues has its summary again. Offline it has none, and gets the whole log: where both starts are sent to the
         # server later, the second replaces the first. Without a log it starts anew under a name that the server knows.
         if run.trainer_log.exists():
             self.last = dict(self._run.summary.get(WANDB_LAST) or {})

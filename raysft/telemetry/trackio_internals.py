@@ -8,7 +8,7 @@ from typing import Any
 
 
 def open_run(project: str, name: str, run_id: str, group: str | None, config: Mapping[str, Any]) -> Any:
-    """Start the run with an id, or go on with it. What the driver's machine does is not logged: it trains nothing."""
+    """Start the run with an id, or continue with it. What the driver's machine does is not logged: it trains nothing."""
     import trackio
 
     run = trackio.init(project, name, group, config=dict(config), embed=False, auto_log_gpu=False, auto_log_cpu=False)
@@ -19,7 +19,7 @@ def open_run(project: str, name: str, run_id: str, group: str | None, config: Ma
 def last_steps(run: Any) -> dict[str, int] | None:
     """Return the last step of each metric that the run has; None if its server does not tell."""
     last: dict[str, int] = {}
-    with suppress(Exception):  # trackio goes on without its server, and sends later what it could not
+    with suppress(Exception):  # trackio continues without its server, and sends later what it could not
         for entry in _logs(run):
             last |= {name: max(entry["step"], last.get(name, -1)) for name in entry}
         return last

@@ -126,7 +126,7 @@ class Assessment:
             self.generate(cursor)
 
     def is_lacking(self, cursor: Cursor) -> bool:
-        """Return True if an evaluation is due after this step, and is to be made once the training goes on."""
+        """Return True if an evaluation is due after this step, and is to be made once the training continues."""
         # Without the metric that decides, it is evaluated again; the lack of a score of predictions is none of its own.
         compared = self._evaluator.seen == cursor.step and not (self._training.end.failed and not self._needed_score)
         return self._evaluations.is_due(cursor.step) and not compared

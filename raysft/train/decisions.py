@@ -41,7 +41,7 @@ class Outside:
     stop_reason: Callable[[], str] = str
     """Returns why the training is to save a checkpoint and end; empty if it is not. The answer of the first worker counts."""
     decide: Decide | None = None
-    """Asked after each evaluation but the first and the last, whether to go on."""
+    """Asked after each evaluation but the first and the last, whether to continue."""
     generation: Any = None
     """``generation.Line`` to the driver, which generates with the models of steps; None if it does not."""
 

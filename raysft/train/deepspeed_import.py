@@ -6,7 +6,7 @@ import sys
 
 _without_mlflow = "mlflow" not in sys.modules
 if _without_mlflow:
-    sys.modules["mlflow"] = None  # pyright: ignore[reportArgumentType]  # an import of it fails, and the autotuner goes on
+    sys.modules["mlflow"] = None  # pyright: ignore[reportArgumentType]  # an import of it fails, and the autotuner continues
 try:
     import deepspeed
 finally:

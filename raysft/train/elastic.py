@@ -112,7 +112,7 @@ class _BoundedWait:
         self._waiting_since: float | None = None
         self._notified = float("-inf")
         self._restarting = False
-        """True once workers have failed, or their node went: a training that waits for others goes on from its checkpoint."""
+        """True once workers have failed, or their node went: a training that waits for others continues from its checkpoint."""
 
     def max_workers(self) -> int:
         """Number of workers, in whole groups, that fit on the live nodes beside the data tasks."""

@@ -1,4 +1,4 @@
-"""How one worker's training ends: with the trained model, or before, with a checkpoint to go on from."""
+"""How one worker's training ends: with the trained model, or before, with a checkpoint to continue from."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Ending:
             self._training.phases.enter("export")
 
     def stop(self, cursor: Cursor) -> None:
-        """End before the end, with a checkpoint to go on from."""
+        """End before the end, with a checkpoint to continue from."""
         if self._checkpoints.is_unsaved(cursor):
             unevaluated = self._assessment.is_lacking(cursor)
             kept = self._trigger.is_scheduled(cursor.step) and not unevaluated

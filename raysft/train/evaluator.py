@@ -99,7 +99,7 @@ class Evaluator:
         return {name: value for name, value in record.items() if name.startswith("eval_")}
 
     def _batches(self, source: Any) -> Iterator[Batch]:
-        """Yield this worker's rows of a set; each batch shows that the evaluation goes on."""
+        """Yield this worker's rows of a set; each batch shows that the evaluation continues."""
         for batch in source.steps(0, self._group.number, self._group.groups):
             self._phases.progress()
             yield batch

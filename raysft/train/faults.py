@@ -24,7 +24,7 @@ class BadImage(RunFailed):
 class Fault(RuntimeError):
     """An error in a worker's own code, and the moment of the training at which it was raised.
 
-    Network, machine and storage failures are no faults: they may be gone after a restart.
+    Network, machine and storage failures are not faults: they may be gone after a restart.
     """
 
     def __init__(self, moment: str, kind: str, place: str, line: str, rows: str) -> None:

@@ -163,7 +163,7 @@ def check_names(model: nn.Module, config: Config) -> None:
 
 
 def _experts(modules: Collection[str]) -> str:
-    """What to name in place of single experts, and of their matrices, which are no modules of most models."""
+    """What to name in place of single experts, and of their matrices, which are not modules in most models."""
     return " (experts for all expert weights)" if any(name.endswith(f".{EXPERTS}") for name in modules) else ""
 
 

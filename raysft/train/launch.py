@@ -130,7 +130,7 @@ def _controller_settings(job: TrainJob | EvaluationJob) -> dict[str, str]:
 
 
 def _saved(run: RunDirectory, step: int | None) -> str:
-    """Say which checkpoint the training goes on from, and how long before the machine goes it was complete."""
+    """Say which checkpoint the training continues from, and how long before the machine goes it was complete."""
     now, request = time.time(), current().request
     if request is None:
         return ""

@@ -28,7 +28,7 @@ def add_adapter(model: Any, adapter_config: Any) -> Any:
 
 
 def add_adapter_beside(model: Any, name: str, adapter_config: Any) -> None:
-    """Add another adapter to a model that has one, and goes on with that."""
+    """Add another adapter to a model that has one, and continues with that."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*a tied layer is part of the adapter")
         model.add_adapter(name, adapter_config)

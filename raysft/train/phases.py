@@ -70,7 +70,7 @@ class Phases:
         return MOMENTS[self.phase].format(step=self.step)
 
     def progress(self) -> None:
-        """Note that the phase goes on, such as with the next batch of an evaluation."""
+        """Note that the phase continues, such as with the next batch of an evaluation."""
         self.progressed = self._clock()
 
     def step_took(self, times: StepTimes) -> None:

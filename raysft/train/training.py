@@ -24,12 +24,12 @@ class End:
     """Whether a training ends before the end of its row plan. All workers know the same."""
 
     reason: str = ""
-    """Why it ends; empty if it goes on."""
+    """Why it ends; empty if it continues."""
     failed: bool = False
-    """True if it ends because it cannot go on as it was asked to."""
+    """True if it ends because it cannot continue as it was asked to."""
 
     def fail(self, reason: str) -> None:
-        """End because the training cannot go on as it was asked to."""
+        """End because the training cannot continue as it was asked to."""
         self.reason, self.failed = reason, True
 
 

@@ -103,7 +103,7 @@ class StepRows:
         return self._ahead.take()
 
     def _wait_in(self, phase: Phase, step: int) -> None:
-        """Tell the watchdog whom all wait for; a wait that goes on is no progress. The first rows belong to the setup."""
+        """Tell the watchdog whom all wait for; a wait that continues is not progress. The first rows belong to the setup."""
         phases = self._training.phases
         if phases.phase != "setup" and (phases.phase != phase or phases.step != step):
             phases.enter(phase, step)

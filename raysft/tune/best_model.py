@@ -65,13 +65,13 @@ def remove_weights(config: Config, records: Mapping[str, TrialRecord], over: boo
     """Remove models and checkpoints that ``tune.keep: best`` does not keep.
 
     A configuration is judged when all its repeats have ended. The best of these is kept, and with several metrics the whole
-    Pareto front. So are trials that are to go on. All are kept if the best has nothing left, as an earlier call with another
+    Pareto front. So are trials that are to continue. All are kept if the best has nothing left, as an earlier call with another
     metric removed it.
 
     Args:
         config: the sweep's config.
         records: the record of each trial.
-        over: True if no trial is to go on. Before that, population-based training may need every checkpoint.
+        over: True if no trial is to continue. Before that, population-based training may need every checkpoint.
     """
     if config.tune.keep != "best" or (config.tune.scheduler == "pbt" and not over):
         return

@@ -1,4 +1,4 @@
-"""A trial of population-based training goes on from another trial's checkpoint: the files of its run that this changes."""
+"""A trial of population-based training continues from another trial's checkpoint: the files of its run that this changes."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ LINEAGE = "lineage.jsonl"
 
 
 def adopt(run: StoragePath, other: StoragePath, step: int) -> None:
-    """Make a run go on from another run's checkpoint: its checkpoints and its log become those of the other run up to there.
+    """Make a run continue from another run's checkpoint: its checkpoints and its log become those of the other run up to there.
 
     The weights and the optimizer's state have seen the rows that the other run trained on, so its log is the history of this
     run now. Does nothing if the run has gone on from this checkpoint already.
 
     Args:
-        run: run directory that goes on.
+        run: run directory that continues.
         other: run directory that has the checkpoint.
         step: step of the checkpoint.
 

@@ -42,7 +42,7 @@ class Restored:
 
 class OptunaStudy:
     """Gives configurations one after another. What it gives follows from the seed and what it was told before, so that a study
-    that is restored goes on as if it had not been interrupted."""
+    that is restored continues as if it had not been interrupted."""
 
     def __init__(
         self,
@@ -164,7 +164,7 @@ def _distribution(dimension: Dimension) -> Any:
     if dimension.kind.endswith("randint"):
         return IntDistribution(low, high, log=dimension.kind == "lograndint")
     if dimension.kind == "quniform":
-        # The end of the last step, as Optuna warns of a range that is no multiple of its step.
+        # The end of the last step, as Optuna warns of a range that is not a multiple of its step.
         return FloatDistribution(low, dimension.probes()[1], step=dimension.values[2])
     return FloatDistribution(low, high, log=dimension.kind == "loguniform")
 

@@ -20,7 +20,7 @@ def members(search: Search, recorded: Mapping[str, TrialRecord]) -> dict[str, di
 
     Args:
         search: hands out the trials.
-        recorded: the record of an earlier call, by trial: a member goes on with the values that it had last.
+        recorded: the record of an earlier call, by trial: a member continues with the values that it had last.
     """
     found: dict[str, dict[str, Any]] = {}
     while (member := search.suggest(f"member {len(found)}")) != Searcher.FINISHED:

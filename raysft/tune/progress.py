@@ -27,7 +27,7 @@ from raysft.tune.trainable import INTERRUPTED
 from raysft.tune.trials import described
 
 OTHERS = frozenset(AUTO_RESULT_KEYS) | {"step", "current_steps"}
-"""Numbers in a trial's results that are no results of its run."""
+"""Numbers in a trial's results that are not results of its run."""
 
 
 class Recorder(ray.tune.Callback):
@@ -50,7 +50,7 @@ class Recorder(ray.tune.Callback):
         self._objectives, self._record, self.view, self.prune = objectives, record, table, prune
         self._last: dict[str, TrialRecord] = {}
         self._earlier = {name: known for name, known in record.read().items() if not known.ended_well}
-        """Of an earlier call, the trials that go on."""
+        """Of an earlier call, the trials that continue."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the terminal out, which the sweep has, too: Tune pickles its callbacks, and uses only the originals."""

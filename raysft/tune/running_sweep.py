@@ -66,7 +66,7 @@ class Sweep:
             return {}
         mailbox, stopping = Mailbox(), current()
         watching = recorder(config, self.record, self.total, self.concurrent, self._records)
-        # Tune's own records, which nothing reads again: a sweep goes on from its own.
+        # Tune's own records, which nothing reads again: a sweep continues from its own.
         with tempfile.TemporaryDirectory(prefix="raysft-tune-", ignore_cleanup_errors=True) as folder:
             tuner = ray.tune.Tuner(
                 _trainable(config, self.deadline, mailbox),
@@ -179,7 +179,7 @@ class Sweep:
 
         Args:
             records: of all trials.
-            over: True if no trial is to go on.
+            over: True if no trial is to continue.
 
         Returns:
             The best config; None if no trial has a result.

@@ -100,7 +100,7 @@ class Search(Searcher):
             self._source.tell(trial.configuration, mean(self._found[trial.configuration]))
 
     def save(self, checkpoint_path: str) -> None:
-        """Save nothing: a search goes on from the record of the trials."""
+        """Save nothing: a search continues from the record of the trials."""
 
     def restore(self, checkpoint_path: str) -> None:
         """Restore nothing, as ``save`` saves nothing."""

@@ -33,7 +33,7 @@ STOP_SECONDS = 300
 """How long a trial may take to save a checkpoint, and one that is stopped to let go of its workers."""
 POLL_SECONDS = 5.0
 INTERRUPTED = "interrupted"
-"""The key of a trial's results that says why it stopped before its end, and is to go on when the sweep is started again."""
+"""The key of a trial's results that says why it stopped before its end, and is to continue when the sweep is started again."""
 PERTURBED = "perturbed"
 """The key under which Tune keeps the values that population-based training changes."""
 
@@ -77,7 +77,7 @@ class Trainable(ray.tune.Trainable):
         if self._changes:
             self._config = with_overrides(self._config, config[PERTURBED])
         self._parent: dict[str, Any] | None = None
-        """Trial and step of the checkpoint that this one goes on from."""
+        """Trial and step of the checkpoint that this one continues from."""
         self._reports: queue.Queue[dict[str, Any] | BaseException] = queue.Queue()
         self._saved: queue.Queue[int] = queue.Queue()
         """Steps of the checkpoints that are complete."""
@@ -157,7 +157,7 @@ class Trainable(ray.tune.Trainable):
         raise RunFailed(f"no checkpoint was saved after step {self._asked}, so no other trial can continue from it")
 
     def restore(self, checkpoint_path: Any) -> None:
-        """Go on from another trial's checkpoint; a trial's own run goes on from its newest one by itself.
+        """Go on from another trial's checkpoint; a trial's own run continues from its newest one by itself.
 
         Args:
             checkpoint_path: a ``Saved``, or what Tune made of it.

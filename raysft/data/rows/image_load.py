@@ -56,7 +56,7 @@ def image_load(paths: Sequence[str], shard_ends: np.ndarray, segments: Segments,
             tokens[here] = of_examples[examples[here] - (shard_ends[shard - 1] if shard else 0)]
     if not largest[0]:
         return None
-    tokens = np.minimum(tokens, lengths)  # of an example that goes on in the next row
+    tokens = np.minimum(tokens, lengths)  # of an example that continues in the next row
     tokens[~known] = tokens[known].mean()
     of_rows = np.add.reduceat(np.append(tokens, 0.0), offsets[:-1]) * (np.diff(offsets) > 0)
     of_rows = np.append(of_rows, np.zeros(-len(of_rows) % rows)).reshape(-1, rows)

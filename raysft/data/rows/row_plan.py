@@ -239,7 +239,7 @@ def plan_rows(
         epochs: passes over the mixture. Each begins with a new step, so that the last step of each may be incomplete. A fraction
             ends the last one in its middle.
         max_steps: cut the plan after this number of steps.
-        repeat: go on with further epochs, whatever ``epochs`` says, until there are ``max_steps``.
+        repeat: continue with further epochs, whatever ``epochs`` says, until there are ``max_steps``.
         layout: how examples become rows. ``packed`` needs examples of at most ``capacity`` tokens; the others cut longer ones.
         mixing: ``concat``: each example once an epoch; otherwise sources are taken in proportion to their weights, until the
             first one runs out or until all have (the others repeat).

@@ -111,7 +111,7 @@ def to_example(record: Record, form: str, source: Source, location: str) -> Exam
 
 
 def _is_text(form: str, read: FieldReader, unanswered: str) -> bool:
-    """True if a record is no conversation: raw text, token IDs, or a prompt and its completion as texts."""
+    """True if a record is not a conversation: raw text, token IDs, or a prompt and its completion as texts."""
     if form == "prompt_completion":
         return isinstance(read("prompt" if unanswered else "completion"), str)
     return form in ("text", "tokenized")

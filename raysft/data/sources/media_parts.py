@@ -98,7 +98,7 @@ def turn_images(message: Message, turn: Record, where: str) -> Message:
     """Give a turn the images that it has beside its content: where its marks are, or else before its text.
 
     Raises:
-        ValueError: one is no image, their number is not that of the marks, or the turn has videos or audio.
+        ValueError: one is not an image, their number is not that of the marks, or the turn has videos or audio.
     """
     if not any(map(turn.get, (*TURN_KEYS, *UNSUPPORTED_OF_TURN))):
         return message
@@ -123,7 +123,7 @@ def column_images(read: Callable[[str], Any]) -> list[Medium]:
     """Read the images of a record's own column.
 
     Raises:
-        ValueError: one is no image, or the record has videos or audio.
+        ValueError: one is not an image, or the record has videos or audio.
     """
     for field, content in UNSUPPORTED.items():
         if not _is_empty(read(field)):
@@ -204,7 +204,7 @@ def place_images(messages: Sequence[Message], images: Sequence[Medium], owner: s
         messages = [_marked(message) if has_mark(message) else message for message in messages]
     marks = [mark for message in messages for mark in _marks(message)]
     indices, order = [mark.index for mark in marks], range(len(images))
-    # Several parts may show the same image; numbers that are no places in the column count something else.
+    # Several parts may show the same image; numbers that are not places in the column count something else.
     if set(indices) != set(order):
         indices = list(range(len(marks)))
     if set(indices) != set(order):

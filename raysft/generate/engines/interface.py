@@ -40,7 +40,7 @@ class Engine(Protocol):
 
     @property
     def steps(self) -> int:
-        """A number that changes with each step of a prediction, for other threads, which see by it that something goes on."""
+        """A number that changes with each step of a prediction, for other threads, which see by it that there is progress."""
         ...
 
     def complete(self, ids: Sequence[str], prompts: Sequence[Sequence[int]], media: Media = ()) -> list[Completion]:

@@ -10,7 +10,7 @@ import sys
 _PIPELINES = "transformers.pipelines"
 _without_pipelines = _PIPELINES not in sys.modules
 if _without_pipelines:
-    sys.modules[_PIPELINES] = None  # pyright: ignore[reportArgumentType]  # an import of it fails, and the evaluators go on
+    sys.modules[_PIPELINES] = None  # pyright: ignore[reportArgumentType]  # an import of it fails, and the evaluators continue
 try:
     import evaluate
 finally:

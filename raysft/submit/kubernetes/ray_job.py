@@ -21,7 +21,7 @@ from raysft.submit.kubernetes.sizes import WorkerPods, head_memory, ray_cpus
 from raysft.submit.request import CONFIG_NAME
 
 BACKOFF_LIMIT = 3
-"""How often KubeRay starts a new cluster for a job that failed; the run goes on from its newest checkpoint there."""
+"""How often KubeRay starts a new cluster for a job that failed; the run continues from its newest checkpoint there."""
 HEAD_STORE = 10**9
 WORKER_STORE = 8 * 10**9
 """Most bytes of the object store, which holds rows on their way to the workers. Ray's default is 30% of the memory."""

@@ -62,7 +62,7 @@ class Cursor:
     temporary: bool = False
     """True if it is removed once the model is written, because neither ``save_every_steps`` nor ``save_every_epochs`` asked."""
     unevaluated: bool = False
-    """True if the training was stopped after this step and before its evaluation, which comes first when it goes on."""
+    """True if the training was stopped after this step and before its evaluation, which comes first when it continues."""
 
     @classmethod
     def read(cls, folder: StoragePath | Path) -> Cursor:

@@ -1,4 +1,4 @@
-"""The weights of a checkpoint, read by one process that is no worker."""
+"""The weights of a checkpoint, read by one process that is not a worker."""
 
 from __future__ import annotations
 
