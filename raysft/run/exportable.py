@@ -119,7 +119,8 @@ class Exportable:
             and StoragePath.of(files.model).name != StoragePath.of(named).name
         ):
             raise RequestError(
-                f"{self.name}: the model that it was trained from has changed ({files.model}); restore its files"
+                f"{self.name}: the model that it was trained from, or its tokenizer, has changed ({files.model}); restore its "
+                f"files, or merge into a model that has the same weights (raysft export MODEL --adapters {self.name})"
             )
         return model_copy(files.model)
 
