@@ -132,7 +132,7 @@ def tiny_folder(folder: Path, config: str, spread: float = 0.1, file: str = "c.y
 
 
 def tiny_mixture(folder: str | Path, model_type: str = "qwen3_moe", seed: int = 0, **settings: Any) -> Path:
-    """Save a random mixture of experts of two layers with ``tiny_tokenizer`` into ``folder``.
+    """Save a random mixture of experts, of two layers unless the settings say otherwise, with ``tiny_tokenizer`` into ``folder``.
 
     Args:
         model_type: as transformers has it.
@@ -150,13 +150,12 @@ def _save_random(folder: str | Path, model_type: str, seed: int, settings: dict[
     config = AutoConfig.for_model(
         model_type,
         vocab_size=len(tokenizer),
-        num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=512,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **{"num_key_value_heads": 2, **settings},
+        **{"num_hidden_layers": 2, "num_key_value_heads": 2, **settings},
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -49,20 +49,30 @@ EXPERTS = "experts"
 """What experts are called among a model's modules, and among the names of a config."""
 
 
-def target_experts(config: Any, model: Any) -> None:
+def names_experts(target: str) -> bool:
+    """Return True for the name of the experts of all layers, or of some: ``layers.1.mlp.experts``."""
+    return target.rpartition(".")[2] == EXPERTS
+
+
+def target_experts(config: Any, model: Any, targets: Collection[str]) -> None:
     """Make a peft config that names ``experts`` among its modules mean their weights.
 
     Since transformers 5 most models have one module for the experts of a layer, with a parameter for each of their matrices; one
     that stands for two has twice the rank, as with ``all-linear``. Others have a linear layer for each.
     """
-    names = {name for name in config.target_modules if name.rpartition(".")[2] != EXPERTS}
+    names = {name for name in config.target_modules if not names_experts(name)}
+    chosen = [target for target in targets if names_experts(target)]
     parameters = set[str]()
     for name, module in model.named_modules():
         parts = name.split(".")
-        if parts[-1] == EXPERTS:
+        whole = ".".join(parts[: parts.index(EXPERTS) + 1]) if EXPERTS in parts else ""
+        target = min((each for each in chosen if f".{whole}".endswith(f".{each}")), key=len, default=None)
+        if target is None:
+            continue
+        if name == whole:
             own = (each for each, _ in module.named_parameters(recurse=False) if not each.endswith("bias"))
-            parameters |= {f"{EXPERTS}.{each}" for each in own}
-        elif EXPERTS in parts and isinstance(module, nn.Linear):
+            parameters |= {f"{target}.{each}" for each in own}
+        elif isinstance(module, nn.Linear):
             names.add(name)
     config.target_modules, config.target_parameters = names, parameters or None
     for each in parameters:

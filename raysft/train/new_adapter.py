@@ -9,7 +9,7 @@ from torch import nn
 
 from raysft.config import Config
 from raysft.models.adapter_files import base_name
-from raysft.models.lora_targets import EXPERTS, modules_in, set_targets, target_experts, target_routers, targeted
+from raysft.models.lora_targets import modules_in, names_experts, set_targets, target_experts, target_routers, targeted
 from raysft.models.model_parts import whole_modules
 from raysft.models.new_tokens import vocabulary_modules
 
@@ -75,7 +75,7 @@ def peft_config(model: nn.Module, config: Config, path: str) -> Any:
     if section.target == "all":
         set_targets(adapter_config, model, parts)
     elif config.model.finetuning == "lora":
-        if EXPERTS in section.target:
-            target_experts(adapter_config, model)
+        if any(names_experts(target) for target in section.target):
+            target_experts(adapter_config, model, section.target)
         target_routers(adapter_config, model)
     return adapter_config

@@ -100,6 +100,18 @@ def test_a_router_is_trained_where_it_is_named(qwen):
     assert f"{LAYER}mlp.gate.modules_to_save.default.weight" in whole
 
 
+def test_experts_of_some_layers_are_named_by_more_of_their_names(tmp_path):
+    folder = tiny_mixture(tmp_path / "base", "mixtral", **LOCAL, num_hidden_layers=12)
+    model = load_model(config(rank=4, target=["layers.1.mlp.experts", "q_proj"]), str(folder))
+    named = adapted(model)
+    assert {name for name in named if "mlp" in name} == {"model.layers.1.mlp.experts"}
+    assert len([name for name in named if "q_proj" in name]) == 12
+    assert {
+        module.r["default"] for name, module in model.named_modules() if "mlp" in name and hasattr(module, "lora_A")
+    } == {4, 8}
+    check_model(config(target=["layers.1.mlp.experts"]), str(folder))
+
+
 def test_an_adapter_that_trained_a_router_goes_on_with_it(qwen, tmp_path):
     """As it was made, here by peft alone."""
     from peft import LoraConfig, get_peft_model
