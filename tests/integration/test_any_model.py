@@ -274,7 +274,10 @@ def test_what_cannot_be_is_refused_before_anything_starts(folder, other, adapter
         described["base_model_name_or_path"] = str(tmp_path / f"{made}-0123456789abcdef")
         (lost / "adapter_config.json").write_text(json.dumps(described))
         told = refused(folder, capsys, f"evaluate.model={lost}", verb="evaluate")
-        assert "was made in the cache by the run that trained the adapter, and no longer exists; raysft check" in told
+        assert (
+            "was created in the cache by the run that trained the adapter, and no longer exists; run raysft check"
+            in told
+        )
 
 
 def test_a_tokenizer_with_tokens_that_its_model_does_not_know_is_refused(folder, tmp_path, capsys):

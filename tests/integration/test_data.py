@@ -322,7 +322,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, model, monkey
     (file,) = find_files(Source(name="a", path=str(path)))
     path.write_bytes(lines(GOOD, GOOD, GOOD))
     os.utime(path)
-    with pytest.raises(RequestError, match="changed while it was read"):
+    with pytest.raises(RequestError, match="changed while it was being read"):
         list(read_raw(file))
 
 

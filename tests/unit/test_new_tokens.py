@@ -145,7 +145,7 @@ def test_a_model_gets_them_once_and_stays_the_same_folder_without_any(tied, tmp_
     # Those that exist are no new ones.
     same, told = extended(tmp_path, folder)
     assert same == folder
-    assert [line for line in told if "has Berlin <b> <|call|> <|end|> of model.new_tokens already" in line]
+    assert [line for line in told if "already has Berlin <b> <|call|> <|end|> of model.new_tokens;" in line]
     more, _ = extended(tmp_path, folder, {"special": [*SPECIAL, "<|more|>"]})
     count, weights = len(AutoTokenizer.from_pretrained(folder)), load_file(more / "model.safetensors")
     assert len(AutoTokenizer.from_pretrained(more)) == count + 1
@@ -192,10 +192,10 @@ def test_a_tokenizer_that_skips_ids_is_refused_if_new_tokens_would_get_those_of_
 @pytest.mark.parametrize(
     ("new", "told"),
     [
-        (["<|b|>", "<|a|>"], r"'<\|b\|>' is token 401, but it is token 400 of the model"),
-        (["<|a|>"], r"'<\|b\|>' is token 401, but it is no token of the model"),
-        (["<|a|>", "<|b|>", "<|c|>"], r"'<\|c\|>' is no token, but it is token 402 of the model"),
-        ([], r"'<\|a\|>' is token 400, but it is no token of the model"),
+        (["<|b|>", "<|a|>"], r"'<\|b\|>' is token 401, but in the model it is token 400"),
+        (["<|a|>"], r"'<\|b\|>' is token 401, but in the model it is no token"),
+        (["<|a|>", "<|b|>", "<|c|>"], r"'<\|c\|>' is no token, but in the model it is token 402"),
+        ([], r"'<\|a\|>' is token 400, but in the model it is no token"),
         (["<|a|>", "<|b|>"], ""),
     ],
 )
@@ -243,7 +243,7 @@ def test_what_new_tokens_cannot_be_combined_with(tied, tmp_path):
     assert "'Berlin', but model.path" in str(caught.value)
     assert "model.quantization" in str(caught.value)
     for target in ("embed_tokens", "lm_head"):
-        with pytest.raises(RequestError, match=f"target names '{target}', but model.new_tokens has it trained in full"):
+        with pytest.raises(RequestError, match=f"target names '{target}', but model.new_tokens trains it in full"):
             check_model(make_config(tmp_path, tied, **{"model.lora.target": ["q_proj", target]}), str(tied))
     adapter = tmp_path / "adapter"
     get_peft_model(AutoModelForCausalLM.from_pretrained(tied), LoraConfig(target_modules=["q_proj"])).save_pretrained(

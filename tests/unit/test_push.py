@@ -154,7 +154,7 @@ def test_the_card_on_the_hub_is_about_what_is_there(there, trained):
     assert "library_name: transformers\n" in card
     assert "![Training loss](training_loss.png)" in card
     assert "`a.jsonl, b.jsonl, c.jsonl, s3://bucket/d.jsonl`" in card
-    for absent in ("beside this card", "report.html", "peft import", "somebody", "chats", str(trained.path)):
+    for absent in ("next to this card", "report.html", "peft import", "somebody", "chats", str(trained.path)):
         assert absent not in card
 
 
