@@ -1,4 +1,4 @@
-"""A training that goes by scores of predictions (``train.best_metric``): refused before it starts if it will have no such score."""
+"""Training that chooses its best model by scores of predictions (``train.best_metric``) is refused if it will have none."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from raysft.errors import RequestError
 
 
 def check_best_metric(config: Config, prepared: PreparedData, done: int = 0, known: bool = False) -> None:
-    """Refuse a metric of predictions that this training can never have.
+    """Refuse a metric of predictions that this training will never have.
 
     Args:
         config: of the run.
@@ -26,7 +26,7 @@ def check_best_metric(config: Config, prepared: PreparedData, done: int = 0, kno
         return
     named = f"train.best_metric={metric} scores predictions"
     every, steps = config.generate.every_steps, prepared.train_rows.row_plan.steps
-    assert every is not None  # a conflict of the config otherwise
+    assert every is not None  # otherwise the config already reports a conflict
     if not known and steps // every <= (max(done, 1) - 1) // every:
         left = f"of which {done} are done" if done else "so it never happens"
         raise RequestError(

@@ -24,7 +24,7 @@ class RunContext:
     """A run whose stages may start."""
 
     config: Config
-    """With the batch size that the data decided."""
+    """With the batch size that the data determined."""
     directory: RunDirectory
     terminal: Terminal
     files: ModelFiles
@@ -62,7 +62,7 @@ def _begin(ready: Preflight) -> RunContext:
     write_json(directory.plan, {**run.plan.as_dict(), ROW_PLAN: run.resumption.recorded_rows.to_dict()})
     write_atomically(directory.config, run.config.to_yaml())
     write_unusable(directory, (*run.prepared.train, *run.prepared.eval))
-    ready.push()  # checkpoints go there by themselves, and nobody can resume from them without the config
+    ready.push()  # checkpoints go there directly, and nobody can resume from them without the config
     for line in run.plan.lines():
         terminal.line(line)
     return RunContext(

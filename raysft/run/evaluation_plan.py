@@ -19,18 +19,18 @@ from raysft.run.source_plan import SourcePlan, plan_sources
 
 @dataclass(frozen=True)
 class PlannedEvaluation:
-    """An evaluation that nothing speaks against."""
+    """An evaluation that passed all checks."""
 
     inputs: EvaluationInputs
     sources: dict[str, SourcePlan]
     """The evaluation sets, by name."""
     workers: int
-    """Number that the cluster has room for now."""
+    """Number that the cluster currently has room for."""
     cpus: float
     """Of the cluster."""
     gpus: float
     resolved: dict[str, Any]
-    """Settings after every default that raysft decides."""
+    """Settings, with every default that raysft chooses."""
     memory: str
     """What a worker needs, as a line for the terminal."""
 
@@ -112,5 +112,5 @@ def _memory(config: Config, model: OtherModel, workers: int, nodes: Sequence[Nod
 
 
 def weight_bytes(folder: Path) -> int:
-    """Return the size of the weight files that a folder has here."""
+    """Return the size of the weight files in a folder on this machine."""
     return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))

@@ -1,4 +1,4 @@
-"""Export a model: into a folder, to a repository of the Hugging Face hub, or both."""
+"""Export a model: into a folder, to a repository on the Hugging Face Hub, or both."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ RESTORED = ".restored"
 """A hidden folder with the models of checkpoints, until they are merged or converted."""
 PLOT = "training_loss.png"
 NAMED_FILES = 5
-"""Files of a folder that a line names at most."""
+"""Most files of a folder that a line names."""
 
 
 @dataclass(frozen=True)
 class Push:
-    """What is asked of the hub."""
+    """What to push to the Hub."""
 
     name: str
-    """``ORG/NAME``, or ``NAME`` of one's own account."""
+    """``ORG/NAME``, or ``NAME`` in the user's own account."""
     private: bool = False
     """Create a private repository."""
 
@@ -49,7 +49,7 @@ class Form:
     """How a model is written."""
 
     dtype: str | None = None
-    """Data type of the weights. Default: that of the training, or of a model that no run has trained its own one."""
+    """Data type of the weights. Default: that of the training run; for a model that no run trained, its own."""
     shard_size: str | None = None
     """Largest size of a file of weights, such as ``5GB``."""
     adapters: tuple[str, ...] = ()
@@ -57,7 +57,7 @@ class Form:
     merges: bool = True
     """False to write the only adapter as it is, without its base."""
     runs_code: bool = False
-    """True if code that comes with the model or an adapter may run, as it may if the config of the model's run says so."""
+    """True if code that comes with the model or an adapter may run; the config of the model's run may allow it too."""
 
 
 def export(source: str, output: Path | None, push: Push | None = None, form: Form | None = None) -> None:
@@ -65,9 +65,9 @@ def export(source: str, output: Path | None, push: Push | None = None, form: For
 
     Args:
         source: a run directory, one of its checkpoints (``RUN_DIR/checkpoints/STEP``), or a model: a folder, URI, GGUF file or
-            hub id of a whole model or an adapter.
+            Hub id of a whole model or an adapter.
         output: folder for the model; new or empty, or left by a push that was interrupted.
-        push: where to upload it. Without ``output`` it is written to a temporary folder for that.
+        push: where to upload it. Without ``output`` it is first written to a temporary folder.
         form: how to write it.
     """
     form, say = form or Form(), Terminal().line
@@ -99,7 +99,7 @@ def export(source: str, output: Path | None, push: Push | None = None, form: For
 
 @contextmanager
 def _sigterm_interrupts() -> Iterator[None]:
-    """Handle SIGTERM like Ctrl-C in the block: a batch system that ends the job must not leave half a model, or a temporary one."""
+    """Handle SIGTERM like Ctrl-C in the block: a batch system that ends the job must not leave a partial or temporary model."""
     handles = (
         threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     )
@@ -133,7 +133,7 @@ def _base_of(adapter: Path) -> str:
 
 
 def _check_base(base: str, exported: Exportable) -> None:
-    """Refuse a base that is a copy in the cache, and say where a base lies that is on no hub."""
+    """Refuse a base that is a copy in the cache, and say where a base lies that is not on the Hub."""
     if may_be_on_hub(base):
         return
     if StoragePath.of(base).parent in exported.caches:
@@ -162,7 +162,7 @@ def _write(exported: Exportable, adapters: Sequence[Exportable], folder: Path, f
         dtype = form.dtype or exported.dtype
         if not (model / "adapter_config.json").exists():
             base = None
-            if others or form.dtype:  # else it is copied as it is stored
+            if others or form.dtype:  # otherwise it is copied as stored
                 location = exported.model if exported.model and on_hub(exported.model) else str(model)
                 model = model_copy(exact_copy(exported.made_in, location, say, runs_code))
         else:
@@ -176,7 +176,7 @@ def _write(exported: Exportable, adapters: Sequence[Exportable], folder: Path, f
 
 
 def _tell_left_out(copied: Path) -> None:
-    """Say what a folder that was copied has beside its model, such as the state of a training."""
+    """Say what else a copied folder holds besides its model, such as the state of a training run."""
     if names := other_files(copied):
         more = f" and {len(names) - NAMED_FILES} more" if len(names) > NAMED_FILES else ""
         Terminal().line(f"not exported, as they are not part of the model: {', '.join(names[:NAMED_FILES])}{more}")
@@ -192,7 +192,7 @@ def _write_adapter(exported: Exportable, model: Path, adapters: Sequence[Path], 
     from raysft.models.weight_types import rewrite_adapter
 
     rewrite_adapter(adapters[0] if adapters else model, folder, form.dtype)
-    if adapters:  # whatever base it names, this is the one that it is exported for
+    if adapters:  # this is the base that it is exported for, even if it names another
         path = folder / "adapter_config.json"
         base, revision = base_name(exported.model)
         write_json(path, {**read_adapter_config(folder), "base_model_name_or_path": base, "revision": revision})
@@ -201,7 +201,7 @@ def _write_adapter(exported: Exportable, model: Path, adapters: Sequence[Path], 
 
 
 def _describe(exported: Exportable, folder: Path, name: str, form: Form) -> str:
-    """Write the model card for the hub into the folder, and return the title of the commit."""
+    """Write the model card for the Hub into the folder, and return the title of the commit."""
     from raysft.report.card import Published, model_card
     from raysft.report.read_run import read_run
 
@@ -225,7 +225,7 @@ def _describe(exported: Exportable, folder: Path, name: str, form: Form) -> str:
 
 def _describe_model(exported: Exportable, folder: Path, name: str, form: Form) -> str:
     card = folder / "README.md"
-    if form.adapters or not card.exists():  # a model that is copied brings its own
+    if form.adapters or not card.exists():  # a copied model brings its own
         write_atomically(card, plain_card(name, exported.name, form.adapters, not form.merges, has_processor(folder)))
     with_adapters = f" with {', '.join(map(public, form.adapters))}" if form.adapters else ""
     return f"raysft: {public(exported.name)}{with_adapters}"

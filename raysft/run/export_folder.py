@@ -1,4 +1,4 @@
-"""The folder that a model is exported to: it is written in a hidden folder inside, and moved up once it is whole."""
+"""The folder that a model is exported to: it is written to a hidden folder inside, and moved up once it is complete."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from raysft.storage.permissions import let_others_read
 from raysft.storage.run_directory import MODEL_MARKS
 
 DRAFT = ".unfinished"
-"""A hidden folder with what is written so far. One that was left by a process that died counts as nothing."""
+"""A hidden folder with what is written so far. One left behind by a process that died does not count."""
 UNPUSHED = ".unpushed"
-"""A hidden file in an exported folder that is still to be pushed; it names the model, with which the same command continues."""
+"""A hidden file in an exported folder that is still to be pushed; it names the model, so the same command can continue."""
 
 
 def holds(output: Path, model: str | None) -> bool:
-    """Return True if a folder holds a whole model already, from a push that did not come to its end.
+    """Return True if a folder already holds a whole model, from a push that did not finish.
 
     Raises:
         RequestError: it is not empty otherwise.
@@ -35,7 +35,7 @@ def holds(output: Path, model: str | None) -> bool:
 
 
 def check_outside(output: Path, sources: Sequence[str]) -> None:
-    """Refuse a folder inside a model that is exported: what is written there would belong to that model."""
+    """Refuse a folder inside the model being exported: what is written there would become part of that model."""
     for source in map(Path, sources):
         if source.is_dir() and source.resolve() in output.resolve().parents:
             raise RequestError(f"--output {output}: lies inside {source}, which is exported; choose another folder")
@@ -43,10 +43,10 @@ def check_outside(output: Path, sources: Sequence[str]) -> None:
 
 @contextmanager
 def draft(folder: Path, remedy: str) -> Iterator[Path]:
-    """Give a folder to write a model into, which is in its place when the block ends; nothing is left if it does not.
+    """Yield a folder to write a model into; it is put in place when the block succeeds, and nothing is left if it fails.
 
     Args:
-        folder: where the model comes; new or empty.
+        folder: where the model goes; new or empty.
         remedy: against a full disk.
 
     Raises:
@@ -94,7 +94,7 @@ def _lock(place: int, folder: Path) -> None:
 
 
 def _move_up(unfinished: Path) -> None:
-    """Move all files up, those last that say that the model is there."""
+    """Move all files up; those that show that the model is there come last."""
     last = (*MODEL_MARKS, UNPUSHED)
     for path in sorted(unfinished.iterdir(), key=lambda path: last.index(path.name) if path.name in last else -1):
         path.rename(unfinished.parent / path.name)

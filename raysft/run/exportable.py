@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Notify = Callable[[str], None]
 ELSEWHERE = ("package:", "ms://")
-"""What the locations of models begin with that are neither paths nor in an object store."""
+"""Prefixes of model locations that are neither paths nor in an object store."""
 
 
 @dataclass(frozen=True)
@@ -38,18 +38,18 @@ class Exportable:
     name: str
     """As messages name it."""
     version: str
-    """Another one if its content has changed."""
+    """Differs if the content has changed."""
     model: str = ""
     """Location of its folder; empty for a checkpoint."""
     run: StoragePath | None = None
-    """The run directory that it belongs to."""
+    """The run directory to which it belongs."""
     config: Config | None = None
-    """Config of the run; None for one of another version, whose model can be exported all the same."""
+    """Config of the run; None if it is from another version, whose model can still be exported."""
     checkpoint: ResumePoint | None = None
 
     @property
     def dtype(self) -> str | None:
-        """Data type of the weights in its training; None if that is not known."""
+        """Data type of the weights in training; None if unknown."""
         return self.config.weight_dtype if self.config is not None else None
 
     @property
@@ -66,7 +66,7 @@ class Exportable:
 
     @property
     def caches(self) -> tuple[StoragePath, ...]:
-        """Folders of models that raysft has made and may make again, which nobody else has."""
+        """Folders of models that raysft made and can make again, and that nobody else has."""
         known = [self.config, self.moved_config] if self.config is not None else []
         return (*(config.cache_directory / "models" for config in known if config), _cache() / "models")
 
@@ -77,7 +77,7 @@ class Exportable:
 
     @property
     def moved_config(self) -> Config | None:
-        """The run's config with the place where the run is now: it may have been moved, or be named from elsewhere."""
+        """The run's config with the run's current location: it may have been moved, or be named from elsewhere."""
         if self.config is None or self.run is None:
             return None
         section = self.config.run.model_copy(update={"storage": self.run.parent.location})
@@ -91,7 +91,7 @@ class Exportable:
         return scratch
 
     def base(self, notify: Notify, with_code: bool) -> Path | None:
-        """Return the base of an adapter if it is not where the adapter says, or not as it says; None otherwise.
+        """Return the base of an adapter if it is not where the adapter says, or differs from it; None otherwise.
 
         A copy in the cache, such as one with new tokens, is made again. One in FP8 or MXFP4 is dequantized, to merge into it.
 
@@ -126,15 +126,15 @@ class Exportable:
 
 
 def find_exportable(source: str, notify: Notify, option: str = "MODEL") -> Exportable:
-    """Find out what a path, URI or hub id names.
+    """Find out what a path, URI or Hub id refers to.
 
     Args:
-        source: the path, URI or hub id.
+        source: the path, URI or Hub id.
         notify: receives a line for the user before something that takes long.
         option: the argument that gives it, for messages.
 
     Raises:
-        RequestError: it names nothing that could be exported.
+        RequestError: nothing there can be exported.
     """
     place = None if source.startswith(ELSEWHERE) else _place(source)
     if place is None:
@@ -158,7 +158,7 @@ def find_exportable(source: str, notify: Notify, option: str = "MODEL") -> Expor
 
 
 def find_adapter(source: str, notify: Notify) -> Exportable:
-    """Find an adapter for ``--adapters``: a folder, a URI, a hub id, a run that trained one, or one of its checkpoints."""
+    """Find an adapter for ``--adapters``: a folder, a URI, a Hub id, a run that trained one, or one of its checkpoints."""
     found = find_exportable(source, notify, "--adapters")
     if not found.is_adapter:
         raise RequestError(f"--adapters {source}: is a whole model, not an adapter; give adapters")
@@ -173,12 +173,12 @@ def _place(source: str) -> StoragePath:
 
 
 def _is_run(place: StoragePath) -> bool:
-    with retry_for(FIRST_SECONDS):  # other programs leave a config.yaml of theirs beside a model
+    with retry_for(FIRST_SECONDS):  # other programs put their own config.yaml next to a model
         return (place / "config.yaml").exists() and not any((place / mark).exists() for mark in MODEL_MARKS)
 
 
 def _cache() -> StoragePath:
-    """Where a GGUF file is converted to that belongs to no run."""
+    """Where a GGUF file that belongs to no run is converted."""
     return StoragePath.of(cache_home())
 
 
@@ -196,7 +196,7 @@ def _of_run(place: StoragePath) -> Exportable:
         newest = catalog.newest(directory.checkpoints)
         remedy = f", or use its newest checkpoint, {_address(newest)}" if newest else ""
         raise RequestError(f"{directory.model}: contains no trained model; train first (raysft train CONFIG){remedy}")
-    # Sizes and times of the files say whether the run has trained meanwhile.
+    # Sizes and times of the files show whether the run has trained in the meantime.
     return Exportable(str(place), str(directory.model.walk()), directory.model.location, place, _config(place))
 
 
@@ -261,7 +261,7 @@ def _restore(source: Exportable, checkpoint: ResumePoint, folder: Path, notify: 
 
 
 def _job(source: Exportable, checkpoint: ResumePoint, notify: Notify) -> Any:
-    """Return the training of a run as its workers got it, as far as its model needs."""
+    """Return the training job that a run's workers got, as far as its model needs it."""
     from raysft.models.fingerprint import model_fingerprint
     from raysft.models.tokenizer import load_tokenizer
     from raysft.train.job import TrainJob
@@ -278,7 +278,7 @@ def _job(source: Exportable, checkpoint: ResumePoint, notify: Notify) -> Any:
 
 
 def _model_files(source: Exportable, notify: Notify) -> ModelFiles:
-    """Find the model that a run was trained from, and the adapter that it went on with."""
+    """Find the model that a run started from, and the adapter that it continued."""
     from raysft.run.inputs import check_model_files
 
     commit = _plan(source).get("resolved", {}).get("model_commit")

@@ -1,4 +1,4 @@
-"""Ends a generation during training in which nothing happens any more, and tells those who wait for it while something does."""
+"""Ends generation during training when it stops making progress; while it makes progress, tells those who wait for it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections.abc import Callable
 from raysft.stopping import Stopping
 
 PATIENCE = 3
-"""How many times ``train.hang_minutes`` nothing may happen. Workers that wait for predictions end themselves after four times;
-this comes before, and says what hangs."""
+"""How many times ``train.hang_minutes`` may pass without progress. Workers that wait for predictions end themselves after four
+times that; this comes earlier, and says what hangs."""
 
 
 class GenerationGuard:
-    """A thread beside a generation, which may go on while engines show signs of life, predictions arrive, or scoring computes."""
+    """A thread that watches generation: it may continue while engines show signs of life, predictions arrive or scoring runs."""
 
     def __init__(
         self,
@@ -26,9 +26,9 @@ class GenerationGuard:
         """
         Args:
             stopping: of the generation; asked to end it.
-            hang_minutes: ``train.hang_minutes``; None to end it never.
-            tell: gets the numbers of predictions and of signs of life so far, whenever there are more.
-            give_up: gets the reason if the generation does not end although it was asked to: a metric hangs.
+            hang_minutes: ``train.hang_minutes``; None to never end it.
+            tell: gets the numbers of predictions and of signs of life so far, whenever they grow.
+            give_up: gets the reason if generation was asked to end but does not: a metric hangs.
         """
         self._stopping, self._tell, self._give_up = stopping, tell, give_up
         self._seconds = PATIENCE * 60 * hang_minutes if hang_minutes else None
@@ -36,7 +36,7 @@ class GenerationGuard:
         self._predictions = self._signs = 0
         self._progressed = time.monotonic()
         self._clock: int | None = None
-        """Of the CPU time of the thread that scores, once it does."""
+        """CPU clock of the thread that scores, once it scores."""
         self.reason = ""
         """What hangs; empty while nothing does."""
         self._done = threading.Event()
@@ -47,7 +47,7 @@ class GenerationGuard:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self._lock:  # what is still on its way must not follow the end of the generation
+        with self._lock:  # messages still under way must not arrive after generation has ended
             self._done.set()
         self._thread.join()
 
@@ -60,7 +60,7 @@ class GenerationGuard:
         self._note(None)
 
     def scoring(self) -> None:
-        """Note that this thread begins to score."""
+        """Note that this thread starts scoring."""
         self._clock = time.pthread_getcpuclockid(threading.get_ident())
         self._note(None)
 
@@ -75,7 +75,7 @@ class GenerationGuard:
 
     @property
     def idle(self) -> float:
-        """Seconds in which nothing went on."""
+        """Seconds without progress."""
         return time.monotonic() - self._progressed
 
     def _run(self) -> None:

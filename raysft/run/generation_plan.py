@@ -1,4 +1,4 @@
-"""Where the predictions during a training are made: beside the workers, or by the devices of workers that wait."""
+"""Where predictions during training are made: alongside the workers, or on the devices of workers that wait."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from raysft.errors import RequestError
 
 @dataclass(frozen=True)
 class GenerationPlan:
-    """How a training generates (``generate.every_steps``)."""
+    """How a training run generates (``generate.every_steps``)."""
 
     every_steps: int
     times: int
-    """How often, to the end of the training."""
+    """How many times until the end of the training."""
     engines: int
-    """Engines that find room beside the workers; 0 if the workers wait instead."""
+    """Engines that fit alongside the workers; 0 if the workers wait instead."""
     threads: int | None
-    """Threads of each of them without a GPU."""
+    """Threads of each engine without a GPU."""
     reason: str
 
     @property
     def pauses(self) -> bool:
-        """True if the workers wait meanwhile."""
+        """True if the workers wait while it generates."""
         return not self.engines
 
     def line(self) -> str:
@@ -42,7 +42,7 @@ class GenerationPlan:
 
 
 def plan_generation(config: Config, nodes: Sequence[Node], steps: int) -> GenerationPlan | None:
-    """Decide where the engines run; None if the training does not generate.
+    """Decide where the engines run; None if the training run does not generate.
 
     Args:
         config: of the run.
@@ -80,7 +80,7 @@ def plan_generation(config: Config, nodes: Sequence[Node], steps: int) -> Genera
 
 
 def _check_shared(config: Config, workers: str) -> None:
-    """Refuse engines that cannot use the devices of workers."""
+    """Refuse engines that cannot use the workers' devices."""
     every, gpus = config.generate.every_steps, config.generate.gpus_per_engine
     if config.generate.engine == "vllm":
         raise RequestError(

@@ -24,10 +24,10 @@ from raysft.storage.local_cache import local_copy, model_copy, on_hub
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model that can be trained as the config says."""
+    """A model that can be trained as the config asks."""
 
     model: str
-    """Folder, URI or hub id of the model to start from, with earlier adapters merged."""
+    """Folder, URI or Hub id of the model to start from, with earlier adapters merged."""
     adapter: str | None
     """Folder of the adapter to continue from."""
     embedding_rows: int | None
@@ -35,7 +35,7 @@ class ModelFiles:
     hf_config: Any = None
     """The model's own config."""
     commit: str | None = None
-    """Commit of a model on the hub."""
+    """Commit of a model on the Hub."""
     reference: ReferenceFiles | None = None
     """``train.reference_model``."""
 
@@ -49,7 +49,7 @@ class ModelFiles:
 
 @dataclass(frozen=True)
 class PromptInputs:
-    """Prompts for any model, ``generate.model``."""
+    """Prompts for an arbitrary model, ``generate.model``."""
 
     model: str
     """Folder, URI or hub id."""
@@ -60,7 +60,7 @@ class PromptInputs:
 
 
 def read_inputs(config: Config, notify: Callable[[str], None]) -> tuple[Config, str, str | None, PreparedData]:
-    """Return the config with what the data decided, the model, the adapter to continue from, and the data.
+    """Return the config with what the data determined, the model, the adapter to continue from, and the data.
 
     Raises:
         RequestError: they cannot be used as asked.
@@ -78,8 +78,8 @@ def check_model_files(
     Args:
         config: the run's config.
         notify: receives lines for the user.
-        commit: the commit on the hub that the run began with, in place of ``model.revision``.
-        reference_commit: the same of ``train.reference_model``.
+        commit: the commit on the Hub that the run began with, in place of ``model.revision``.
+        reference_commit: the same for ``train.reference_model``.
     """
     from raysft.models.adapters import find_adapter
     from raysft.models.architecture import read_hf_config
@@ -118,7 +118,7 @@ def check_generation(config: Config, model: str) -> None:
 def prepare_data(
     config: Config, files: ModelFiles, notify: Callable[[str], None], shown: Collection[str] = ("train", "eval")
 ) -> tuple[Config, PreparedData]:
-    """Tokenize the data, and return the config with the batch size that it decides; ``shown`` is that of ``prepare``."""
+    """Tokenize the data, and return the config with the batch size that it determines; ``shown`` is that of ``prepare``."""
     from raysft.train.deepspeed_config import deepspeed_settings
 
     prepared = prepare(config, files.model, notify, shown)
@@ -174,7 +174,7 @@ def untrained_ends(config: Config, files: ModelFiles, prepared: PreparedData) ->
 
 
 def training_identity(config: Config, files: ModelFiles, prepared: PreparedData) -> dict[str, str]:
-    """Hashes of what a training is of, by name, as ``Cursor`` keeps them."""
+    """Hashes of what a run trains and what it trains on, by name, as ``Cursor`` keeps them."""
     from raysft.models.fingerprint import model_fingerprint
     from raysft.train.checkpoint.cursor import EVALUATION, PREDICTION
 
@@ -212,7 +212,7 @@ class OtherModel:
     hf_config: Any
     """The model's own config."""
     method: str | None
-    """What it is quantized by."""
+    """How it is quantized."""
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -226,7 +226,7 @@ class OtherModel:
 
 
 def find_other_model(config: Config, given: str, key: str, notify: Callable[[str], None]) -> OtherModel:
-    """Find the model that a key names in place of a trained one, and check its files.
+    """Find the model that a key names instead of a trained one, and check its files.
 
     Raises:
         RequestError: there is none, or it cannot be loaded.
@@ -243,7 +243,7 @@ def find_other_model(config: Config, given: str, key: str, notify: Callable[[str
     model = find_model(given, config.cache_directory, notify, key, accept_adapter=True)
     folder, named = model_copy(model), f"{key}={hub_snapshots.split(model)[0] if on_hub(model) else model}"
     check_weights(folder, named)
-    if key != "generate.model" or config.generate.engine != "vllm":  # which computes with FP8 and MXFP4 as they are
+    if key != "generate.model" or config.generate.engine != "vllm":  # which computes with FP8 and MXFP4 directly
         model = with_exact_weights(config, model, notify, key, given)
         folder = model_copy(model)
     base = adapter_base(folder)
@@ -312,7 +312,7 @@ def read_evaluation(config: Config, notify: Callable[[str], None]) -> Evaluation
 
 
 def check_evaluable(manifests: Iterable[Manifest], rows: Collection[str], notify: Callable[[str], None]) -> None:
-    """Refuse evaluation sets without any loss token, and tell those that are left out beside others.
+    """Refuse evaluation sets if none has a loss token; if only some have none, say which are left out.
 
     Args:
         manifests: of all sets.

@@ -1,4 +1,4 @@
-"""The ``Modelfile`` beside an exported model, from which Ollama imports it: ``ollama create NAME -f Modelfile``."""
+"""The ``Modelfile`` next to an exported model, from which Ollama imports it: ``ollama create NAME -f Modelfile``."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from raysft.models.tokenizer import load_tokenizer
 
 MODELFILE = "Modelfile"
 CONTEXT = 4096
-"""Tokens of context that Ollama makes room for, if the training had no longer rows: its own default for most models."""
+"""Tokens of context that Ollama reserves unless the training had longer rows: its own default for most models."""
 IMPORTED = ("mxfp4",)
-"""Quantized weights that Ollama imports as they are."""
+"""Quantized types that Ollama imports as they are."""
 
 
 def write_modelfile(folder: Path, config: Config | None, runs_code: bool) -> str:
     """Write the Modelfile of a whole model in a folder, with its chat template in Go's language.
 
     Returns:
-        Why there is none; empty if it is written.
+        Why it was not written; empty if it was.
     """
     description = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if (method := _quantized(description)) and method not in IMPORTED:

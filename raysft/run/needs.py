@@ -1,4 +1,4 @@
-"""What a training needs beside CPUs and GPUs: memory, storage, time. Refuses what surely cannot fit, and warns about the rest."""
+"""What a training run needs besides CPUs and GPUs: memory, storage, time. Refuses what cannot fit, and warns about the rest."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from raysft.telemetry.terminal import duration
 def with_needs(
     plan: Plan, config: Config, files: ModelFiles, prepared: PreparedData, nodes: Sequence[Node], table: bool = False
 ) -> Plan:
-    """Add to a plan what the training needs, as lines and warnings.
+    """Add to a plan what the training run needs, as lines and warnings.
 
     Args:
         plan: of the training.
@@ -46,11 +46,11 @@ def with_needs(
         files: the model.
         prepared: its data.
         nodes: the cluster's nodes.
-        table: estimate in any case, and show the memory as a table. Otherwise a training on CPUs that is certainly far below the
+        table: always estimate, and show the memory as a table. Otherwise a training on CPUs that is certainly far below the
             memory of its node is not estimated, since that takes seconds the first time.
 
     Raises:
-        RequestError: it certainly does not fit, or a node does not see the storage.
+        RequestError: it certainly does not fit, or a node cannot access the storage.
     """
     check_shared(config, nodes)
     return with_estimate(plan, config, files, prepared, nodes, table)
@@ -59,7 +59,7 @@ def with_needs(
 def with_estimate(
     plan: Plan, config: Config, files: ModelFiles, prepared: PreparedData, nodes: Sequence[Node], table: bool = False
 ) -> Plan:
-    """Do as ``with_needs``, but do not look whether all nodes see the storage."""
+    """Like ``with_needs``, but do not check whether all nodes can access the storage."""
     training = _training(plan, config, files, prepared)
     place = place_of(training, nodes, smallest_node(nodes, config.scaling.use_gpu))
     given = given_speed(config)
@@ -132,11 +132,11 @@ def _is_small(training: Training, weight_bytes: int, place: Place) -> bool:
 
 
 def _checkpoints(config: Config, plan: Plan) -> int | None:
-    """Return the most checkpoints that are there at a time, whatever their limit; None if time decides."""
+    """Return the most checkpoints that exist at a time, ignoring their limit; None if time decides."""
     train = config.train
     by_steps = plan.steps / train.save_every_steps if train.save_every_steps else 0
     by_epochs = plan.epochs / train.save_every_epochs if train.save_every_epochs else 0
-    asked = math.ceil(by_steps) + math.ceil(by_epochs)  # the one at the end included
+    asked = math.ceil(by_steps) + math.ceil(by_epochs)  # including the one at the end
     if train.save_every_minutes is None:
         return asked
     return min(plan.steps, asked + 2) if train.keep_last is None else None  # the newest by time, and the next one

@@ -1,4 +1,4 @@
-"""Run directories without a training: predictions of ``generate.model`` and the evaluation of ``evaluate.model``."""
+"""Run directories without training: predictions of ``generate.model`` and the evaluation of ``evaluate.model``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from raysft.storage.run_directory import RunDirectory
 
 OtherVerb = Literal["generate", "evaluate"]
 KEYS: Mapping[OtherVerb, str] = {"generate": "generate.model", "evaluate": "evaluate.model"}
-"""Verb → the key of the model that it takes in place of a trained one."""
+"""Verb → the key of the model that it uses instead of a trained one."""
 RESULTS: Mapping[OtherVerb, Literal["predict", "eval"]] = {"generate": "predict", "evaluate": "eval"}
 """Verb → the stage whose results it writes."""
 MODEL_KEYS = (
@@ -37,16 +37,16 @@ MODEL_KEYS = (
     "model.quantization_type",
     "model.double_quantization",
 )
-"""Settings of the section ``model`` that change the results of another model; the others are those of a training."""
+"""Settings of the section ``model`` that change the results of another model; the others concern training only."""
 
 
 def other_model(config: Config, verb: str) -> str | None:
-    """Return the model that a verb takes in place of a trained one; None if there is none."""
+    """Return the model that a verb uses instead of a trained one; None if there is none."""
     return {"generate": config.generate.model, "evaluate": config.evaluate.model}.get(verb)
 
 
 def refuse_directory(directory: RunDirectory, config: Config, verb: OtherVerb) -> None:
-    """Refuse the directory of a training or of other results: they would be lost, or pass for those of another model."""
+    """Refuse the directory of a training run or of other results: they would be lost, or taken for those of another model."""
     key, model, place = KEYS[verb], other_model(config, verb), directory.place
     if has_training(directory):
         raise RequestError(
@@ -70,7 +70,7 @@ def refuse_directory(directory: RunDirectory, config: Config, verb: OtherVerb) -
 
 
 def refuse_results(directory: RunDirectory) -> None:
-    """Refuse the directory of results of another model to a training, which would replace them."""
+    """Refuse to train in a directory with results of another model, which training would replace."""
     if has_training(directory):
         return
     for each in KEYS:
@@ -81,12 +81,12 @@ def refuse_results(directory: RunDirectory) -> None:
 
 
 def _with_results(directory: RunDirectory, verb: OtherVerb) -> str | None:
-    """Return the model whose results of a verb the directory has; None without results."""
+    """Return the model whose results for a verb the directory holds; None if it holds none."""
     return other_model(recorded_config(directory), verb) if directory.results(RESULTS[verb]).exists() else None
 
 
 def _is_same(theirs: str, ours: str | None) -> bool:
-    """Return True if two names of models name the same one.
+    """Return True if two names refer to the same model.
 
     >>> _is_same("models/a", "./models/a/"), _is_same("models/a", "models/b")
     (True, False)
@@ -95,9 +95,9 @@ def _is_same(theirs: str, ours: str | None) -> bool:
 
 
 def _changes(directory: RunDirectory, config: Config, theirs: OtherVerb, ours: OtherVerb) -> Changes:
-    """Return the settings with which the results of one verb would be others than the directory has, as another is asked for.
+    """Return the settings that would change the results that the directory has of one verb, now that another is asked for.
 
-    Predictions know their own settings, and are made anew with others.
+    Predictions record their own settings, and are made again if those differ.
     """
     if theirs == ours == "generate":
         return {}
@@ -135,7 +135,7 @@ def _decides(key: str, holds_out: bool, draws: bool) -> bool:
 def begin(
     directory: RunDirectory, config: Config, verb: OtherVerb, plan: Mapping[str, Any], manifests: Sequence[Manifest]
 ) -> None:
-    """Record what is about to run, unless that would replace the record of results that it may fail to replace."""
+    """Record what is about to run, unless that would replace the record of results that the run may fail to replace."""
     if not directory.results(RESULTS[verb]).exists():
         record(directory, config, verb, plan, manifests)
 
@@ -143,7 +143,7 @@ def begin(
 def record(
     directory: RunDirectory, config: Config, verb: OtherVerb, plan: Mapping[str, Any], manifests: Sequence[Manifest]
 ) -> None:
-    """Write config, plan and rejected records, beside what the other verb has written about the same model."""
+    """Write config, plan and rejected records, next to what the other verb wrote about the same model."""
     beside: OtherVerb = "evaluate" if verb == "generate" else "generate"
     planned: dict[str, Any] = {}
     kept: list[dict[str, Any]] = []

@@ -21,11 +21,11 @@ from raysft.storage.run_directory import RunDirectory
 from raysft.telemetry.terminal import Terminal
 
 Changes = Mapping[str, list[Any]]
-"""By key: [value that the run has, value that is asked for now]."""
+"""By key: [value that the run has, value requested now]."""
 BEFORE_CONFIG = re.compile(r"\.?(\.lock|plan\.json|rejected\.jsonl|changes\.jsonl|config\.yaml)(\.|$)")
-"""Names, also of drafts, of the files that a run which ends in its first moment leaves without its config."""
+"""Names of the files, drafts included, that a run leaves without its config if it ends in its first moments."""
 MAX_DESCRIBED = 4
-"""Most keys whose values a message names."""
+"""Most keys whose values a message lists."""
 
 
 def with_recorded_batch_size(directory: RunDirectory, config: Config) -> Config:
@@ -36,7 +36,7 @@ def with_recorded_batch_size(directory: RunDirectory, config: Config) -> Config:
 
 
 def recorded_commit(directory: RunDirectory, config: Config) -> str | None:
-    """Return the commit on the hub that the run began with, if it has begun and asks for the same model and revision."""
+    """Return the commit on the Hub that the run began with, if it has begun and asks for the same model and revision."""
     if not (has_training(directory) and directory.config.exists()):
         return None
     recorded = recorded_config(directory).model
@@ -46,7 +46,7 @@ def recorded_commit(directory: RunDirectory, config: Config) -> str | None:
 
 
 def recorded_reference_commit(directory: RunDirectory, config: Config) -> str | None:
-    """Return the same of ``train.reference_model``."""
+    """Return the same for ``train.reference_model``."""
     if not (has_training(directory) and directory.config.exists()):
         return None
     if recorded_config(directory).train.reference_model != config.train.reference_model:
@@ -112,8 +112,8 @@ def check_ownership(directory: RunDirectory, config: Config, allow_changed: bool
     Args:
         directory: the run's directory.
         config: the config that is asked for.
-        allow_changed: accept what may change when a run resumes, and anything before the first checkpoint; None for a command that
-            has no such option.
+        allow_changed: accept what may change when a run resumes, and anything before the first checkpoint; None for a command
+            without such an option.
 
     Returns:
         The changes that are accepted.
@@ -200,7 +200,7 @@ def ensure_writable(config: Config) -> None:
 
 
 def refuse_read_only(config: Config) -> None:
-    """Refuse a run directory that exists, or whose parent does, and takes no files.
+    """Refuse a run directory that exists, or whose parent does, but that cannot be written to.
 
     Raises:
         RequestError: says why.

@@ -34,7 +34,7 @@ def run_sft(config: Config | Mapping[str, Any] | str | Path, callbacks: Sequence
     Raises:
         RequestError: the request cannot be carried out.
         RunFailed: the run failed.
-        RunStopped: it was asked to stop, by Ctrl-C or otherwise, and kept its work; call this again to continue.
+        RunStopped: it was asked to stop, by Ctrl-C or otherwise, and saved its work; call this again to continue.
     """
     return run(_read_config(config, "sft"), callbacks or ())
 
@@ -71,7 +71,7 @@ def run(
         decisions: the queue of a scheduler, as ``launch.train`` takes it.
 
     Raises:
-        RunStopped: the run was asked to stop before its end, and kept its work.
+        RunStopped: the run was asked to stop before it finished, and saved its work.
     """
     with open_run(config, "run", allow_changed) as context:
         train_model(context, callbacks, decisions)
@@ -97,7 +97,7 @@ def train_model(context: RunContext, callbacks: Sequence[Any] = (), decisions: A
 
 
 def _complete_generations(context: RunContext) -> None:
-    """Complete predictions during the training that were stopped after its last step."""
+    """Complete predictions of the training that were interrupted after its last step."""
     directory = context.directory
     steps = [int(name) for name in (directory.place / GENERATION).entries() if name.isdigit()]
     left = sorted(step for step in steps if is_complete(directory.step_model(step)))
@@ -134,7 +134,7 @@ def _train(context: RunContext, callbacks: Sequence[Any], decisions: Any) -> Non
             if isinstance(event, TrainingEnded):
                 _write_results(context, train_log, event)
             if isinstance(event, GenerationDone):
-                # Until its scores are logged and kept, an interrupted run can generate with it again.
+                # Until the scores are logged and stored, an interrupted run can generate again with this model.
                 context.push()
                 directory.step_model(event.record["current_steps"]).remove()
 
@@ -147,7 +147,7 @@ def _train(context: RunContext, callbacks: Sequence[Any], decisions: Any) -> Non
 def _write_results(context: RunContext, train_log: TrainLog, end: TrainingEnded) -> None:
     """Write the results of a training that has ended.
 
-    The last predictions may take hours more: a run that is killed while they are made must not train again.
+    The last predictions may take hours more: a run killed in the meantime must not train again.
     """
     trained, row_plan = end.train, context.prepared.train_rows.row_plan
     if context.config.train.keep_best and "best_step" not in trained:

@@ -24,7 +24,7 @@ from raysft.storage.local_cache import local_copy
 
 @dataclass(frozen=True)
 class Resolved:
-    """The settings a training runs with, after every default that raysft decides. The report reads them."""
+    """The settings a training run uses, with every default that raysft chooses. The report reads them."""
 
     dtype: str
     """Type of the weights: ``float32``, ``bfloat16`` or ``float16``."""
@@ -37,20 +37,20 @@ class Resolved:
     learning_rate: float
     """Peak learning rate."""
     global_batch_size: int
-    """Rows in a step, also where the config has ``auto``."""
+    """Rows in a step, even where the config has ``auto``."""
     micro_batch_size: int
-    """Rows that a worker computes at once, also where the config has ``auto``, or more than the worker has in a step."""
+    """Rows that a worker computes at once, even where the config has ``auto``, or more than the worker has in a step."""
     workers: int
     """Number of workers that the cluster has room for at the start."""
     attention: str
-    """Attention kernel; ``auto`` where transformers chooses the best one that the model has."""
+    """Attention kernel; ``auto`` where transformers chooses the best one that the model supports."""
     zero_stage: int
     optimizer: str
     """Its name, with those settings that it takes."""
     model_commit: str | None = None
-    """Commit of a model on the hub."""
+    """Commit of a model on the Hub."""
     reference_commit: str | None = None
-    """Commit of ``train.reference_model`` on the hub."""
+    """Commit of ``train.reference_model`` on the Hub."""
 
 
 @dataclass(frozen=True)
@@ -59,17 +59,17 @@ class Plan:
 
     stage: str
     examples: int
-    """Training examples that one epoch takes from all sources."""
+    """Training examples in one epoch, from all sources."""
     rows: int
     """Rows with examples, over all epochs."""
     rows_of_epochs: tuple[int, ...]
     """Rows of each epoch."""
     steps: int
     epochs: float
-    """As configured; with ``train.max_steps``, those that so many steps take."""
+    """As configured; with ``train.max_steps``, as many as those steps cover."""
     global_batch_size: int
     global_batch_size_chosen: bool
-    """True if the data decided it (``train.global_batch_size: auto``)."""
+    """True if the data determined it (``train.global_batch_size: auto``)."""
     sequence_length: int
     tokens: int
     """Tokens without padding over all epochs."""
@@ -81,7 +81,7 @@ class Plan:
     filler_rows: int
     """Rows without labels in each full step, if ``global_batch_size`` is not a multiple of the workers."""
     workers: int
-    """Number that the cluster has room for now; an elastic run may change it."""
+    """Number that the cluster currently has room for; an elastic run may change it."""
     fewest_workers: int
     most_workers: int
     rows_per_worker: int
@@ -98,23 +98,23 @@ class Plan:
     turns: TurnStatistics = field(default_factory=TurnStatistics)
     """How the trained turns begin and end."""
     untrained_ends: tuple[str, ...] = ()
-    """Tokens that end turns, and whose embeddings the model has never been trained on and the run does not train."""
+    """Tokens that end turns and whose embeddings the model was never trained on and the run does not train."""
     shared_files: dict[str, tuple[str, str]] = field(default_factory=dict)
-    """Evaluation sets that share a file with a training source: by name, that source and the file."""
+    """Evaluation sets that share a file with a training source: name → that source and the file."""
     missing_tokens: tuple[str, ...] = ()
     """Special tokens of the named chat template that are not tokens of the tokenizer."""
     warnings: tuple[str, ...] = ()
-    """One line for each problem that would otherwise show only in the results."""
+    """One line for each problem that would otherwise only show up in the results."""
     positions: int | None = None
     """Positions of the model, scaled ones included; None if it has no limit."""
     can_be_scaled: bool = True
-    """False if rows are longer than these, and ``model.rope_scaling`` does not go with the model."""
+    """False if rows are longer than these and the model does not support ``model.rope_scaling``."""
     generation: GenerationPlan | None = None
     """Predictions during the training; None if there are none."""
     sequence_parallel: int = 1
     """Workers of each group, which have the same rows."""
     groups_cross_nodes: bool = False
-    """True if workers of a group may stand on several nodes."""
+    """True if workers of a group may run on several nodes."""
     memory: dict[str, Any] | None = None
     """What a worker needs at its peak (``estimate.memory.Memory.as_dict``); None if it is not estimated."""
     needs: tuple[str, ...] = ()
@@ -122,12 +122,12 @@ class Plan:
 
     @property
     def examples_of_sources(self) -> int:
-        """Training examples of all sources, whatever of them an epoch takes."""
+        """Training examples of all sources, however many of them an epoch uses."""
         return sum(source.examples for source in self.sources.values())
 
     @property
     def duplicates(self) -> str:
-        """How many examples say the same as others, in words."""
+        """How many examples duplicate others, in words."""
         left_out = _total(self.sources, "left_out")
         repeated = _total(self.sources, "repeated") + _total(self.sources, "repeated_elsewhere")
         trained_on, evaluated = (
@@ -152,7 +152,7 @@ class Plan:
 
     @property
     def _shares(self) -> str:
-        """Who has rows of its own, in words."""
+        """Which workers have their own rows, in words."""
         if self.sequence_parallel == 1:
             return _count(self.workers, "worker")
         return f"{_count(self.workers // self.sequence_parallel, 'group')} of {self.sequence_parallel} workers"
@@ -212,7 +212,7 @@ def make_plan(
     """Put the plan together from the manifests and the row plan.
 
     Args:
-        config: as given; with ``train.global_batch_size: auto`` the row plan has the number.
+        config: as given; with ``train.global_batch_size: auto``, the row plan has the number.
         prepared: training and evaluation data.
         nodes: the cluster's nodes.
         adapter: folder of the adapter that training continues from.
@@ -282,7 +282,7 @@ def _can_be_scaled(config: Config, positions: int | None, hf_config: Any) -> boo
 
 
 def _cross_nodes(config: Config, nodes: Sequence[Node], workers: int) -> bool:
-    """Return True if some node gets a part of a group of workers that share rows."""
+    """Return True if some node gets only part of a group of workers that share rows."""
     scaling = config.scaling
     size, asked = scaling.sequence_parallel, (scaling.cpus_per_worker, float(scaling.use_gpu))
     room = sorted((node.capacity(*asked) for node in nodes if node.takes_workers), reverse=True)
@@ -302,7 +302,7 @@ def _cross_nodes(config: Config, nodes: Sequence[Node], workers: int) -> bool:
 
 
 def _epochs(row_plan: RowPlan) -> float:
-    """The epochs of a plan; a whole number is an integer, as in the config."""
+    """The epochs of a plan; a whole number becomes an integer, as in the config."""
     epochs = round(row_plan.epochs_after(row_plan.steps), 4)
     return int(epochs) if epochs == int(epochs) else epochs
 

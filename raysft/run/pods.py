@@ -1,4 +1,4 @@
-"""Memory and time of a training in pods that do not exist yet: ``raysft submit --to kubernetes`` asks before anything is paid."""
+"""Memory and time of training in pods that do not exist yet: ``raysft submit --to kubernetes`` asks before they cost money."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from raysft.storage.local_cache import cache_home, may_be_on_hub
 from raysft.telemetry.terminal import duration
 
 USUAL_BATCH = 32
-"""Rows of a step if the data decides and is not known: the most that ``train.global_batch_size: auto`` takes."""
+"""Rows of a step if the data determines them and is not known: the most that ``train.global_batch_size: auto`` uses."""
 
 
 def check_pods(config: Config, nodes: Sequence[Node], notify: Callable[[str], None]) -> None:
@@ -39,7 +39,7 @@ def check_pods(config: Config, nodes: Sequence[Node], notify: Callable[[str], No
         RequestError: it certainly does not fit.
     """
     batch, scaling = config.train.global_batch_size, config.scaling
-    # Elastic workers begin with as many as find room at the start: with ZeRO, fewer need more each.
+    # Elastic runs begin with as many workers as fit at the start: with ZeRO, the fewer they are, the more each needs.
     room = scaling.whole_groups(max_workers(nodes, scaling.cpus_per_worker, scaling.use_gpu))
     workers = max(scaling.fewest_workers, min(scaling.most_workers, room))
     rows = USUAL_BATCH if batch == "auto" else batch
@@ -57,12 +57,12 @@ def check_pods(config: Config, nodes: Sequence[Node], notify: Callable[[str], No
 
     try:
         hf_config = loaded_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
-    except Exception as error:  # of any type: transformers checks what is in the config
+    except Exception as error:  # of any type: transformers validates the config
         notify(f"memory: not estimated ({one_line(error, 120)})")
         return
     if config.model.new_layers:
         hf_config = expand_config(hf_config, config.model.new_layers)
-    # The folders of pods are not here.
+    # The pods' folders are not on this machine.
     local = with_overrides(config, {"data.cache": str(cache_home())})
     parts = scaling.sequence_parallel
     microbatch = Microbatch(slice_tokens(config.data.sequence_length, parts), 1.0)
@@ -103,7 +103,7 @@ def check_evaluation_pods(config: Config, nodes: Sequence[Node], notify: Callabl
 
 
 def _folder_here(path: str, revision: str | None) -> Path | None:
-    """Return the folder on this machine that has a model's config; None if it is in the image, on the volume or on the hub only."""
+    """Return the folder on this machine that has a model's config; None if only the image, the volume or the Hub has it."""
     if may_be_on_hub(path):
         from huggingface_hub import try_to_load_from_cache
 

@@ -45,7 +45,7 @@ def predict(config: Config) -> RunDirectory:
             raise RequestError(
                 "no example has a prompt to generate for (pre-tokenized records have none); choose other sources"
             )
-        # Of the prompts alone: an answer or a prompt that is not generated for may hold any token.
+        # Only of these prompts: answers, and prompts that are not generated for, may hold any token.
         largest = _largest_tokens(directory.prompts)
         check_tokens(largest, ready.prompts.embedding_rows, ready.prompts.tokenizer, f"generate.model={model}")
         output = Output(model, directory.predictions, "other", str(config.generate.model))
@@ -57,7 +57,7 @@ def predict(config: Config) -> RunDirectory:
 
 
 def prediction_lines(config: Config, prompts: PromptInputs, nodes: Sequence[Node]) -> list[str]:
-    """What ``predict`` would do, in lines for the terminal."""
+    """What ``predict`` would do, as lines for the terminal."""
     from raysft.generate.engine_pool import size_pool
 
     settings = config.generate
@@ -74,7 +74,7 @@ def prediction_lines(config: Config, prompts: PromptInputs, nodes: Sequence[Node
 
 
 def _largest_tokens(prompts: Path) -> Iterator[tuple[int, str]]:
-    """Yield the largest token id of each prompt, and its name."""
+    """Yield the largest token id of each prompt, and the prompt's name."""
     for batch in pq.ParquetFile(prompts).iter_batches(columns=["id", "input_ids"]):
         for name, ids in zip(batch["id"].to_pylist(), batch["input_ids"], strict=True):
             yield int(np.max(ids.values.to_numpy(), initial=0)), f"prompt {name}"

@@ -1,12 +1,12 @@
 """Refuse what cannot run before anything starts: one order for all verbs, cheapest first.
 
-1. Config: what the verb cannot do with it.
-2. Run directory: writable, unused by others, and of the same config.
+1. Config: settings that the verb does not support.
+2. Run directory: writable, not in use by others, and with the same config.
 3. Packages: trackers and metrics.
 4. Cluster: joined, with room for workers and engines.
-5. Model: files, architecture, adapters, and what generation needs of it.
+5. Model: files, architecture, adapters, and what generation needs from it.
 6. Data: tokenized into the cache; the model embeds every token, and the run can resume with it.
-7. Needs: memory of workers and nodes, room and access to the storage (``needs``).
+7. Needs: memory of workers and nodes, free space on the storage and access to it (``needs``).
 """
 
 from __future__ import annotations
@@ -58,30 +58,30 @@ from raysft.telemetry.terminal import Terminal
 from raysft.telemetry.trackers import missing_tracker
 
 ESTIMATED: tuple[Verb, ...] = ("run", "check", "train")
-"""Verbs of one run that estimate what it needs."""
+"""Verbs for one run that estimate what it needs."""
 Place = Callable[[Config, Sequence[Node]], Config]
-"""Returns the config as it fits into the cluster, or raises RequestError."""
+"""Returns the config fitted to the cluster, or raises RequestError."""
 TRIALS_AT_A_TIME = 16
-"""Run directories of trials that are looked at at a time."""
+"""Trial run directories checked at a time."""
 
 
 @dataclass(frozen=True)
 class Preflight:
-    """A request that nothing speaks against, with what the checks found for the next stage."""
+    """A request that passed all checks, with what they found for the next stage."""
 
     directory: RunDirectory
     push: Callable[[], None]
-    """Returns once a run directory in an object store has the files that were written so far."""
+    """Returns once a run directory in an object store has all files written so far."""
     terminal: Terminal
     nodes: Sequence[Node]
     configs: tuple[Config, ...]
-    """The config of each run, as it fits into the cluster."""
+    """The config of each run, fitted to the cluster."""
     runs: tuple[PlannedRun, ...] = ()
-    """One run; of trials one for each way in which model, data or steps differ."""
+    """One for a run; for trials, one for each way in which model, data or steps differ."""
     prompts: PromptInputs | None = None
-    """For ``generate`` with ``generate.model``, or a check of it."""
+    """For ``generate`` with ``generate.model``, or for a check of it."""
     evaluation: PlannedEvaluation | None = None
-    """For ``evaluate`` with ``evaluate.model``, or a check of it."""
+    """For ``evaluate`` with ``evaluate.model``, or for a check of it."""
 
 
 @contextmanager
@@ -92,14 +92,14 @@ def preflight(
     trials: Sequence[Config] = (),
     place: Place | None = None,
 ) -> Iterator[Preflight]:
-    """Check a request in the order of this module, and keep run directory and cluster open for the block.
+    """Check a request in the order given above, and keep the run directory and the cluster open for the block.
 
-    Until the block writes, nothing but the cache is written to.
+    Until the block writes, only the cache is written to.
 
     Args:
         config: the request.
-        verb: what is to be done with it.
-        allow_changed: accept changed settings and data in a run that resumes.
+        verb: what to do with it.
+        allow_changed: accept changed settings and data when a run resumes.
         trials: for ``tune``, the config of each trial.
         place: fits a run into the cluster. Default: ``check_resources``.
 
@@ -142,7 +142,7 @@ def preflight(
 
 
 def _looked_at(config: Config) -> Verb:
-    """The verb whose plan a check of a config shows; that of a sweep is its run's."""
+    """The verb whose plan a check of a config shows; for a sweep it is that of its runs."""
     verb = verb_of(config)
     return verb if verb in ("evaluate", "generate") else "check"
 
@@ -152,8 +152,8 @@ def check_trials(trials: Sequence[Config], terminal: Terminal, varying: Sequence
 
     Args:
         trials: their configs.
-        terminal: where waiting is told.
-        varying: keys that population-based training has given other values in the meantime.
+        terminal: where waiting is reported.
+        varying: keys that population-based training has changed in the meantime.
     """
 
     def check(trial: Config) -> None:
@@ -171,7 +171,7 @@ def check_trials(trials: Sequence[Config], terminal: Terminal, varying: Sequence
 def _open_directory(
     config: Config, verb: Verb, terminal: Terminal
 ) -> Iterator[tuple[RunDirectory, Callable[[], None]]]:
-    """Open the run directory: for a check to read, else to work in alone.
+    """Open the run directory: read-only for a check, otherwise for exclusive use.
 
     Yields:
         The run directory, and ``Preflight.push``.
@@ -194,7 +194,7 @@ def _open_directory(
 
 
 def check_trained(config: Config, remedy: str = "") -> None:
-    """Refuse a run directory without a trained model; ``remedy`` says what else to do than to train."""
+    """Refuse a run directory without a trained model; ``remedy`` says what to do other than train."""
     directory = RunDirectory.of(config.run_place)
     with retry_for(FIRST_SECONDS):
         trained = directory.is_trained()
@@ -232,7 +232,7 @@ def _placed(config: Config, nodes: Sequence[Node]) -> Config:
 
 
 def _shown(verb: Verb, trained: bool) -> tuple[str, ...]:
-    """Sets whose images are read: a run that is trained already has no need of them.
+    """Sets whose images are read: a run that is already trained does not need them.
 
     >>> _shown("run", False), _shown("run", True), _shown("evaluate", True)
     (('train', 'eval'), (), ('eval',))

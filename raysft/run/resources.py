@@ -1,4 +1,4 @@
-"""Refuse a run that no node of the cluster could ever place."""
+"""Refuse a run that the cluster could never place."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def check_resources(config: Config, nodes: Sequence[Node], reserved_cpus: float 
         reserved_cpus: CPUs that another process keeps during the run (a Tune trial).
 
     Raises:
-        RequestError: the message has what is needed, what the cluster has, and the remedy.
+        RequestError: the message says what is needed, what the cluster has, and the remedy.
     """
     scaling = config.scaling
     count, cpus_per_worker, use_gpu = scaling.fewest_workers, scaling.cpus_per_worker, scaling.use_gpu

@@ -19,7 +19,7 @@ from raysft.train.checkpoint.cursor import OUTSIDE, Best, Cursor
 from raysft.train.early_stopping import known_best, not_comparable, should_stop
 
 ROW_PLAN = "row_plan"
-"""Key of ``plan.json`` with everything that decides the rows of the training."""
+"""Key of ``plan.json`` for everything that determines the training rows."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class Resumption:
     """First epoch with other data; 0 if the data is the same."""
 
     def best(self, config: Config, identity: Mapping[str, str]) -> Best | None:
-        """The best evaluation so far, if training continues and compares with it."""
+        """The best evaluation so far, if training continues and compares against it."""
         return known_best(config.train, self.cursor, identity) if self.cursor else None
 
     def forgotten_best(self, config: Config, identity: Mapping[str, str]) -> str:
-        """Say that the best evaluation so far does not count any more, and why; empty if it does, or nothing is compared."""
+        """Say that the best evaluation so far no longer counts, and why; empty if it still counts or nothing is compared."""
         best = self.cursor.best if self.cursor else None
         if not (self.cursor and best and best.value is not None and config.train.comparing_key):
             return ""
@@ -65,11 +65,11 @@ def check_resumption(
 
     Args:
         directory: the run's directory.
-        config: the config that is asked for.
+        config: the requested config.
         rows: the rows of a training that starts from the beginning with it.
-        identity: hashes of the model and the data that are asked for, as ``Cursor`` keeps them.
+        identity: hashes of the requested model and data, as ``Cursor`` keeps them.
         changes: changed keys that the run accepts.
-        allow_changed: accept other data too.
+        allow_changed: also accept other data.
 
     Raises:
         RequestError: the run cannot resume with this request.
@@ -121,7 +121,7 @@ def _refuse_changed_files(
     rows: PackedDataset,
     allow_changed: bool,
 ) -> None:
-    """Refuse a model or data whose files hold something else under the same name."""
+    """Refuse a model or data whose files have changed under the same name."""
     if recorded is not None and rows.has_same_epochs(recorded):  # an earlier call accepted the data
         changed_files = {name: hashes for name, hashes in changed_files.items() if effect_of(name) is Effect.NEVER}
     if not changed_files:
@@ -146,7 +146,7 @@ def _next_epoch(
     cursor: Cursor,
     changes: Changes,
 ) -> int:
-    """First epoch with other data; the current epoch ends as it began, so that it has every example once."""
+    """First epoch with other data; the current epoch finishes with the data it began with, so it has every example once."""
     current = math.ceil(recorded.row_plan.epoch_of(cursor.rows) - 1e-9)
     train = config.train
     if train.max_steps:
@@ -163,12 +163,12 @@ def _next_epoch(
 
 
 def _rows_of_epoch(rows: PackedDataset, epoch: int) -> PackedDataset:
-    """Rows of the part of a training that an epoch belongs to."""
+    """Rows of the part of the training to which an epoch belongs."""
     return _rows_of_epoch(rows.earlier, epoch) if rows.earlier is not None and rows.earlier.epochs >= epoch else rows
 
 
 def _first_epochs(rows: PackedDataset, epochs: int) -> PackedDataset:
-    """The same rows, for the first epochs alone."""
+    """The same rows, for the first epochs only."""
     if rows.earlier is not None and rows.earlier.epochs >= epochs:
         return _first_epochs(rows.earlier, epochs)
     return replace(rows, epochs=epochs, max_steps=None, repeat=False)
@@ -200,7 +200,7 @@ def _refuse_without_steps(
 
 
 def record_changes(directory: RunDirectory, resumption: Resumption) -> str:
-    """Record what changed, and remove the results: the run is not done any more.
+    """Record what changed, and remove the results: the run is no longer done.
 
     Returns:
         A line about it.

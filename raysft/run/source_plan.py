@@ -1,4 +1,4 @@
-"""One source in the plan of a run: its examples, tokens and counts, and their line; and the file of records that it cannot use."""
+"""One source in the plan of a run: its examples, tokens and counts, and their line; and the file of records that cannot be used."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ COUNTED = {
 
 @dataclass(frozen=True)
 class SourcePlan:
-    """One source, as the run uses it."""
+    """One source, as used by the run."""
 
     records: int
     examples: int
@@ -48,7 +48,7 @@ class SourcePlan:
     rejected: int
     dropped: int
     counts: dict[str, int]
-    """Number of examples and tokens that were ``truncated``, ``split`` and so on (``COUNTED``)."""
+    """Numbers of examples and tokens that were ``truncated``, ``split`` and so on (``COUNTED``)."""
     formats: tuple[str, ...]
     """Formats of its records, as configured or detected."""
     reused: bool
@@ -86,7 +86,7 @@ def plan_sources(
 
 
 def write_unusable(directory: RunDirectory, manifests: Sequence[Manifest], kept: Sequence[dict[str, Any]] = ()) -> None:
-    """Write the records that are rejected or dropped into the run directory, after those of it that are to be kept."""
+    """Write the rejected and dropped records to the run directory, after those already there that should stay."""
     records = [flat(record) for manifest in manifests for record in (*manifest.rejected, *manifest.dropped)]
     write_jsonl(directory.rejected, [*(record for record in kept if record not in records), *records])
 

@@ -1,6 +1,6 @@
 """Generation during training, in the driver: predict with the model of a step, score it, and tell the workers.
 
-One thread does it, beside the one that handles the workers' events. What it finds out goes through the mailbox of the training, as
+One thread does it, alongside the one that handles the workers' events. Its results go through the mailbox of the training, as
 the workers' events do, so that the log has one writer.
 """
 
@@ -33,15 +33,15 @@ if TYPE_CHECKING:
     from raysft.generate.signs_of_life import Listener
 
 ROOM_SECONDS = 60.0
-"""How long engines wait for room beside the workers, which train on meanwhile."""
+"""How long engines wait for room alongside the workers, which keep training."""
 LOOK_SECONDS = 1.0
 SEND_SECONDS = 10
 END_SECONDS = 30.0
-"""How long the end of a training that failed or stopped waits for the thread."""
+"""How long a training run that failed or stopped waits for the thread when it ends."""
 
 
 class _Forgotten(Exception):
-    """The request is not to be carried out any more."""
+    """The request is no longer to be carried out."""
 
 
 class StepGenerator:
@@ -59,23 +59,23 @@ class StepGenerator:
         """
         self._config, self._directory, self._plan, self._record = config, directory, plan, record
         self._requests: queue.Queue[tuple[GenerationDue | None, int]] = queue.Queue()
-        """Each with the epoch that it belongs to."""
+        """Each with the epoch to which it belongs."""
         self._mailbox: Any = None
         self._lock = threading.Lock()
         self._current: Stopping | None = None
-        """Of the request that is carried out."""
+        """Of the request being carried out."""
         self._guarded: tuple[GenerationDue, GenerationGuard] | None = None
-        """The request that engines work for or whose predictions are scored, and its guard."""
+        """The request that engines are working on or whose predictions are being scored, and its guard."""
         self._given_up: GenerationDue | None = None
         """A request that hangs and cannot be stopped: none that follows it can be carried out."""
         self._epoch = 0
-        """Raised when all requests so far are to be forgotten."""
+        """Incremented when all requests so far are to be dropped."""
         self._alone = threading.Event()
         """Set once the workers have ended, so that engines may use the whole cluster."""
 
     @contextmanager
     def begin(self, mailbox: Any) -> Iterator[None]:
-        """Generate during the block; at its end the thread is gone, unless an engine does not answer."""
+        """Generate during the block; the thread has ended when the block does, unless an engine does not respond."""
         self._mailbox = mailbox
         thread = threading.Thread(target=self._run, name="generation", daemon=True)
         thread.start()
@@ -88,14 +88,14 @@ class StepGenerator:
             thread.join(END_SECONDS)
 
     def take(self, due: GenerationDue) -> None:
-        """Take a request; one with the ticket of another says that the workers wait for it."""
+        """Take a request; one with the ticket of an earlier one says that the workers are waiting for it."""
         if (stuck := self._given_up) is not None:
             self._fail(due, f"skipped, because the generation after step {stuck.step} hangs and cannot be stopped")
         else:
             self._requests.put((due, self._epoch))
 
     def heard(self, ticket: int) -> None:
-        """Note that an engine is at work for a request."""
+        """Note that an engine is working on a request."""
         if (guarded := self._guarded) is not None and guarded[0].ticket == ticket:
             guarded[1].heard()
 
@@ -104,7 +104,7 @@ class StepGenerator:
         self._stop(StopRequest("the workers restart"))
 
     def complete(self) -> None:
-        """Return once all requests have ended, one cannot be ended, or the run is asked to stop: the next call of it continues."""
+        """Return once all requests have ended, one cannot be ended, or the run is asked to stop; the next call continues them."""
         self._alone.set()
         with suppress(RunStopped), current().ending_by_itself():
             while self._requests.unfinished_tasks and current().request is None and self._given_up is None:
@@ -124,7 +124,7 @@ class StepGenerator:
                     return
                 with suppress(_Forgotten, RunStopped), self._stoppable(epoch):
                     self._generate(due)
-            except Exception as error:  # whatever fails here must not leave workers waiting
+            except Exception as error:  # no failure here may leave workers waiting
                 assert due is not None
                 if due is not self._given_up:
                     self._fail(due, one_line(error))
@@ -133,13 +133,13 @@ class StepGenerator:
                 self._requests.task_done()
 
     def _give_up(self, due: GenerationDue, reason: str) -> None:
-        """Let nobody wait any longer for a request that cannot be ended."""
+        """Release everyone who waits for a request that cannot be ended."""
         self._given_up = due
         self._fail(due, f"generation failed: {reason}, and cannot be stopped")
 
     @contextmanager
     def _stoppable(self, epoch: int) -> Iterator[None]:
-        """Make the block something that can be stopped by itself; this thread is not part of the run's own."""
+        """Let the block be stopped separately; the run's own stop does not cover this thread."""
         with stoppable() as stopping:
             with self._lock:
                 if epoch != self._epoch:
@@ -155,17 +155,17 @@ class StepGenerator:
         with self._room(due) as room:
             results = self._predict(due, room)
         done = GenerationDone(self._record(due.step) | results)
-        # A driver with too few CPUs may take longer to take it; it is on its way all the same. Without a driver that takes it, the
-        # model of the step stays, and the next life of the run takes over its predictions.
+        # A driver with too few CPUs may take longer to receive it; it is still on its way. If no driver receives it, the model
+        # of the step stays, and the run makes its predictions when it resumes.
         with suppress(RayError):
             self._mailbox.put(done, SEND_SECONDS)
         self._tell(due, Status.DONE, results=results)
 
     def _predict(self, due: GenerationDue, room: Room | None) -> dict[str, float]:
-        """Predict and score for as long as there is progress.
+        """Predict and score as long as there is progress.
 
         Raises:
-            RunFailed: nothing did.
+            RunFailed: there was none.
         """
         from raysft.generate.signs_of_life import Listener
 
@@ -205,7 +205,7 @@ class StepGenerator:
         yield Room(places=due.places) if due.places else None
 
     def _reserved(self) -> PlacementGroup | None:
-        """Reserve resources for as many engines as find room; None if none does, or the workers have ended."""
+        """Reserve resources for as many engines as fit; None if none fits, or the workers have ended."""
         generate = self._config.generate
         bundle = {"GPU": float(generate.gpus_per_engine)} if self._config.scaling.use_gpu else {"CPU": 1.0}
         limit = time.monotonic() + ROOM_SECONDS
@@ -245,8 +245,8 @@ class StepGenerator:
         return due
 
     def _fail(self, due: GenerationDue, reason: str) -> None:
-        """Say that there will be no predictions. Their model goes; those that there are stay."""
-        if not self._config.train.goes_by_predictions:  # else the training ends, and says so
+        """Say that there will be no further predictions. Their model is removed; existing predictions stay."""
+        if not self._config.train.goes_by_predictions:  # otherwise the training ends, and says so
             self._notice(due.step, f"{reason}; the run continues without them")
         with suppress(StorageFailed):
             self._directory.step_model(due.step).remove()
@@ -258,7 +258,7 @@ class StepGenerator:
 
     def _tell(self, due: GenerationDue, status: Status, **more: Any) -> None:
         if due is self._given_up and status is not Status.FAILED:
-            return  # the workers may wait for what they hear of another
+            return  # the workers may be waiting for news of another request
         self._mailbox.tell(GenerationState(due.ticket, status, **more))
 
 
@@ -276,7 +276,7 @@ def predict_step(
         directory: the run directory, which has the prompts and the model.
         step: optimizer steps of the model.
         room: what the engines may use. Default: the whole cluster.
-        listener: is told of its progress.
+        listener: is told about progress.
 
     Returns:
         The numbers of the step's ``predict_results.json``.

@@ -1,4 +1,4 @@
-"""The file that asks a run to stop: who can write to its run directory needs no access to its cluster."""
+"""The file that asks a run to stop: whoever can write to its run directory needs no access to its cluster."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from raysft.storage.retry import FIRST_SECONDS, retry_for
 from raysft.storage.run_directory import STOP_FILE
 
 SIGNS = ("config.yaml", ".lock")
-"""A run directory has one of these; the config comes when the data is prepared."""
+"""A run directory has one of these; the config is written once the data is prepared."""
 
 
 def request_stop(run: StoragePath, reason: str) -> None:
-    """Ask the run in a run directory to save its work and end; it looks for this every few seconds.
+    """Ask the run in a run directory to save its work and end; the run looks for this file every few seconds.
 
-    A run that has not started yet ends when it does. It removes the file, so that the same command continues afterwards.
+    A run that has not started yet ends as soon as it starts. It removes the file, so that the same command continues afterwards.
 
     Args:
         run: the run directory.
@@ -39,7 +39,7 @@ def request_stop(run: StoragePath, reason: str) -> None:
 
 
 def stop_requested(run: StoragePath) -> str:
-    """Return why the run is to stop; empty if it is not, or if the storage does not answer."""
+    """Return why the run should stop; empty if it should not, or if the storage does not respond."""
     try:
         with retry_for(0):
             file = run / STOP_FILE
@@ -52,6 +52,6 @@ def stop_requested(run: StoragePath) -> str:
 
 
 def clear_stop_request(run: StoragePath) -> None:
-    """Remove the file; the next command would end at once."""
+    """Remove the file; otherwise the next command would end at once."""
     with suppress(OSError, StorageFailed), retry_for(FIRST_SECONDS):
         (run / STOP_FILE).remove()

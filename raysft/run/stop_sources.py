@@ -1,4 +1,4 @@
-"""Who may ask a run to end before its end: signals, its time limit, a file in its run directory, and nodes that are drained."""
+"""What may ask a run to end early: signals, its time limit, a file in its run directory, and nodes that are drained."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from raysft.storage.path import StoragePath
 
 SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 AGAIN_SECONDS = 1.0
-"""A signal that comes so soon after the first is the same one: some programs send it to a process and to its group."""
+"""A signal that comes this soon after the first is the same one: some programs send it to a process and to its group."""
 NODE_SECONDS = 1.0
 FILE_SECONDS, REMOTE_FILE_SECONDS = 1.0, 10.0
-"""Time between two looks at the file, on a filesystem and in an object store."""
+"""Time between two checks for the file, on a filesystem and in an object store."""
 LOOK_SECONDS = 5.0
-"""How long the end of a run waits for the last look."""
+"""How long the run waits for the last check when it ends."""
 
 
 @contextmanager
 def watched(place: StoragePath, max_hours: float | None, notify: Callable[[str], None]) -> Iterator[None]:
     """Let signals, the time limit and the file in the run directory ask the block to end.
 
-    Signals are watched in the main thread only, and their handlers are as before afterwards. The first one asks; where nothing is
-    under way that would end in good order, it interrupts as well. The second one interrupts in any case.
+    Signals are handled in the main thread only, and their previous handlers are restored afterwards. The first one asks; where
+    nothing is under way that could end in an orderly way, it interrupts as well. The second one always interrupts.
 
     Args:
         place: the run directory.
@@ -39,7 +39,7 @@ def watched(place: StoragePath, max_hours: float | None, notify: Callable[[str],
         notify: receives a line when the block is asked to end.
 
     Raises:
-        RunStopped: the block was asked to end, and has.
+        RunStopped: the block was asked to end, and did.
         KeyboardInterrupt: it was interrupted by a second signal, or because another process took over the run directory.
     """
     every = FILE_SECONDS if place.local else REMOTE_FILE_SECONDS
@@ -70,7 +70,7 @@ def _announcement(request: StopRequest, signals: bool) -> str:
 
 
 class _Signals:
-    """The handler of both signals. It takes no lock, which the code that it interrupts may hold."""
+    """The handler of both signals. It takes no lock, since the code that it interrupts may hold it."""
 
     active = False
     """True if it is installed."""
@@ -100,7 +100,7 @@ class _Signals:
             raise KeyboardInterrupt
 
     def ask(self) -> None:
-        """Pass the signal on, in a thread of its own."""
+        """Pass the signal on, in a separate thread."""
         if name := self.received.get():
             self._stopping.ask(name)
 
@@ -130,7 +130,7 @@ def _signals(stopping: Stopping) -> Iterator[_Signals]:
 
 @contextmanager
 def asked_at(stopping: Stopping, moment: float, reason: str) -> Iterator[None]:
-    """Ask the block to end at a moment, in seconds since 1970."""
+    """Ask the block to end at a given time, in seconds since 1970."""
     timer = threading.Timer(min(threading.TIMEOUT_MAX, max(0.0, moment - time.time())), stopping.ask, [reason])
     timer.daemon = True
     timer.start()
@@ -154,13 +154,13 @@ def _file(stopping: Stopping, place: StoragePath) -> Iterator[Callable[[], None]
         look()
         yield look
     finally:
-        if found or stop_requested(place):  # also one that came when the end was under way
+        if found or stop_requested(place):  # including one that came while the run was ending
             clear_stop_request(place)
 
 
 @contextmanager
 def watched_node() -> Iterator[None]:
-    """Ask the block to end when the node that this process runs on is drained: a driver cannot move to another one.
+    """Ask the block to end when the node that this process runs on is drained: a driver cannot move to another node.
 
     Workers on a drained node save a checkpoint, and restart on other nodes.
     """
@@ -176,7 +176,7 @@ def watched_node() -> Iterator[None]:
                 return
             own = ray.get_runtime_context().get_node_id()
             draining = draining_nodes()
-        except Exception:  # the cluster does not answer; the next look may succeed
+        except Exception:  # the cluster does not respond; the next check may succeed
             return
         if own in draining:
             stopping.ask(f"the driver's node {own[:8]} is drained", draining[own], True)
@@ -187,7 +187,7 @@ def watched_node() -> Iterator[None]:
 
 @contextmanager
 def _repeated(look: Callable[[], None], seconds: float) -> Iterator[None]:
-    """Call a function again and again in a thread of its own: one that waits for a storage or a cluster delays no other."""
+    """Call a function repeatedly in a separate thread: one that waits for storage or a cluster does not delay the others."""
     done = threading.Event()
 
     def run() -> None:

@@ -17,7 +17,7 @@ from raysft.telemetry.trackers import Tracker, open_sweep, open_trackers
 
 @contextmanager
 def run_trackers(context: RunContext) -> Iterator[list[Tracker]]:
-    """Open the trackers of a run for the block, and show in them how it ends.
+    """Open the trackers of a run for the block, and record in them how it ends.
 
     Raises:
         RequestError: one of them cannot be opened.
@@ -33,7 +33,7 @@ def run_trackers(context: RunContext) -> Iterator[list[Tracker]]:
 
 @contextmanager
 def sweep_trackers(config: Config, terminal: Terminal) -> Iterator[None]:
-    """Show a sweep as running, for the block, in the trackers that show a sweep itself.
+    """Show a sweep as running, for the block, in the trackers that track sweeps.
 
     Raises:
         RequestError: one of them cannot be opened.

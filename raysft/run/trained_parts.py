@@ -10,7 +10,7 @@ from raysft.errors import RequestError, as_yaml
 
 
 def check_images(config: Config, manifests: Iterable[Manifest]) -> None:
-    """Refuse to train what sees images on text alone: it would stay as it is.
+    """Refuse to train the parts that process images on text alone: they would stay unchanged.
 
     Args:
         config: the run's config.

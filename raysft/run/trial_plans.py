@@ -1,7 +1,7 @@
-"""The plans of a sweep's trials, made before the first of them starts.
+"""The plans of a sweep's trials, made before the first trial starts.
 
-Rows are planned once for each way in which trials differ in them. Memory is estimated for the trials that need the most: if they
-fit, so do the others.
+Rows are planned once for each way in which trials differ in them. Memory is estimated for the trials that need the most: if
+they fit, so do the others.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ UNRELATED = (
     "train.max_failures", "train.hang_minutes", "train.max_hours", "train.trackers", "train.tracking",
     "scaling.wait_minutes", "scaling.address",
 )  # fmt: skip
-"""Sections and keys on which neither memory nor storage depends. Trials that differ in any other one are estimated apart."""
+"""Sections and keys on which neither memory nor storage depends. Trials that differ in any other key are estimated separately."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class PlannedRun:
     """A training that may start: its model, its data and its plan."""
 
     config: Config
-    """With the batch size that the data decided."""
+    """With the batch size that the data determined."""
     files: ModelFiles
     """Its model."""
     prepared: PreparedData
@@ -51,7 +51,7 @@ class PlannedRun:
     identity: dict[str, str]
     """Hashes of the model and the data, as ``Cursor`` keeps them."""
     resumption: Resumption | None = None
-    """None for a trial, which finds out when it starts."""
+    """None for a trial, which determines it when it starts."""
 
 
 def plan_trials(
@@ -60,13 +60,13 @@ def plan_trials(
     """Check every trial's model and memory, and plan each way in which trials differ in model, data or steps.
 
     Args:
-        trials: their configs, as they fit into the cluster.
+        trials: their configs, fitted to the cluster.
         nodes: the cluster's nodes.
         space: the keys in which trials differ, for messages.
         notify: receives a line for each source that is tokenized.
 
     Raises:
-        RequestError: a trial certainly cannot run; the message has its values.
+        RequestError: a trial certainly cannot run; the message shows its values.
     """
     models = [check_model_files(trial, notify) for trial in trials]
     check_shared(trials[0], nodes)
@@ -106,7 +106,7 @@ def memory_key(trial: Config) -> str:
 
 @dataclass(frozen=True)
 class _Shaped:
-    """A trial among those whose memory differs by the rows of a microbatch and the rank alone."""
+    """One of the trials whose memory differs only by the rows of a microbatch and the rank."""
 
     config: Config
     files: ModelFiles
@@ -114,7 +114,7 @@ class _Shaped:
     rank: int
 
     def growth(self, rows_per_worker: int) -> tuple[int, int, bool]:
-        """Numbers none of which can grow without more memory. Accumulated gradients are kept beside activations."""
+        """Numbers, each of which takes more memory as it grows. Accumulated gradients are kept in addition to activations."""
         return min(self.rows, rows_per_worker), self.rank, rows_per_worker > self.rows
 
 
@@ -129,11 +129,11 @@ def _planned(trial: Config, files: ModelFiles, nodes: Sequence[Node], notify: Ca
 
 
 def _with_needs(run: PlannedRun, trials: Sequence[_Shaped], nodes: Sequence[Node], keys: Sequence[str]) -> PlannedRun:
-    """Add to a plan what the trials need that need the most.
+    """Add to a plan the needs of the trials that need the most.
 
     Args:
         run: what all of them have in common.
-        trials: their memory differs by microbatch and rank alone.
+        trials: their memory differs only by microbatch and rank.
         nodes: the cluster's nodes.
         keys: those of the sweep's space that matter.
     """
@@ -166,7 +166,7 @@ def _with_needs(run: PlannedRun, trials: Sequence[_Shaped], nodes: Sequence[Node
 
 
 def _largest(trials: Iterable[_Shaped], rows_per_worker: int) -> Iterator[_Shaped]:
-    """Yield the trials that none of the others exceeds in every respect; of equal ones the first."""
+    """Yield the trials that no other trial exceeds in every respect; of equal ones, the first."""
     found: dict[tuple[int, int, bool], _Shaped] = {}
     for trial in trials:
         found.setdefault(trial.growth(rows_per_worker), trial)
@@ -176,7 +176,7 @@ def _largest(trials: Iterable[_Shaped], rows_per_worker: int) -> Iterator[_Shape
 
 
 def _rows_key(trial: Config, model: str) -> str:
-    """Return the settings that the rows of a trial depend on, but for the seed, as text."""
+    """Return the settings that the rows of a trial depend on, except the seed, as text."""
     prompts, train = (trial.generates, trial.generate.sources), trial.train
     steps = (train.global_batch_size, train.epochs, train.max_steps)
     template = (trial.model.chat_template, trial.model.trust_remote_code)
@@ -211,7 +211,7 @@ def is_part(key: str, keys: Iterable[str]) -> bool:
 
 
 def value_at(settings: Any, key: str) -> Any:
-    """Return the value of a dotted key, whose parts are indices in lists.
+    """Return the value of a dotted key; inside lists, its parts are indices.
 
     >>> value_at({"data": {"train": [{"weight": 2.0}]}}, "data.train.0.weight")
     2.0

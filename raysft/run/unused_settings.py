@@ -1,4 +1,4 @@
-"""Settings of the training that do nothing beside others. They are not errors: the trials of a sweep may differ in the others."""
+"""Training settings that have no effect given others. They are not errors: the trials of a sweep may differ in the others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a verb can do with a config, told by the config alone: also where nothing else is imported, as in ``raysft submit``."""
+"""What a verb can do with a config, judged by the config alone: also where nothing else is imported, as in ``raysft submit``."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from raysft.errors import RequestError
 
 Verb = Literal["run", "check", "prepare", "train", "evaluate", "generate", "tune"]
 TRAINS_ONE: tuple[Verb, ...] = ("run", "check", "prepare", "train")
-"""Verbs that train one run, or look at what that would do."""
+"""Verbs that train one run, or show what that would do."""
 TRAINS: tuple[Verb, ...] = (*TRAINS_ONE, "tune")
 
 
 def check_verb(config: Config, verb: Verb) -> None:
-    """Refuse a config that the verb can do nothing with."""
+    """Refuse a config that the verb cannot use."""
     model, evaluated = config.generate.model, config.evaluate.model
     if evaluated is not None and (verb in TRAINS or (verb == "generate" and model is None)):
         instead = "set generate.model" if verb == "generate" else "remove evaluate.model"

@@ -1,4 +1,4 @@
-"""The verbs of the command line beside ``run`` and ``tune``."""
+"""The verbs of the command line other than ``run`` and ``tune``."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def train(config: Config, callbacks: Sequence[Any] = (), allow_changed: bool = F
 
 
 def evaluate(config: Config) -> None:
-    """Evaluate the trained model, or ``evaluate.model``, in a job of its own."""
+    """Evaluate the trained model, or ``evaluate.model``, in a separate job."""
     if config.evaluate.model is not None:
         print_report(evaluate_other(config))
         return

@@ -1,7 +1,7 @@
-"""Warnings about a plan: problems that would otherwise show only in the results. One function per warning.
+"""Warnings about a plan: problems that would otherwise only show up in the results. One function per warning.
 
-``check`` and ``run`` print them with the plan, and the report repeats them from ``plan.json``. A warning refuses nothing. Each
-line has a fact, a value and a remedy.
+``check`` and ``run`` print them with the plan, and the report repeats them from ``plan.json``. A warning never refuses
+anything. Each line has a fact, a value and a remedy.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ FEW_STEPS = 20
 """Adam moves a weight by about the learning rate per step. In fewer steps, at the default rate with warm-up and decay, that is less
 than 0.001 in all: a few hundredths of a typical weight."""
 FEW_EXAMPLES, FEW_TOKENS = 10, 1000
-"""An evaluation set that is smaller in both says little: one example changes its results by a tenth."""
+"""An evaluation set that is smaller in both is unreliable: one example changes its results by a tenth."""
 MANY = 0.1
-"""Share of a source that is too large to lose on purpose."""
+"""Share of a source that is too large to be lost on purpose."""
 
 
 def warnings(config: Config, plan: Plan) -> Iterator[str]:
@@ -35,14 +35,14 @@ def warnings(config: Config, plan: Plan) -> Iterator[str]:
 
 
 def few_steps(config: Config, plan: Plan) -> Iterator[str]:
-    """A training with few steps learns nothing."""
+    """A training run with few steps learns nothing."""
     if plan.steps < FEW_STEPS:
         steps = "1 step is" if plan.steps == 1 else f"{plan.steps} steps are"
         yield f"{steps} too few to learn anything; {_more_steps(config, plan)}"
 
 
 def _more_steps(config: Config, plan: Plan) -> str:
-    """Return how to get more steps: a hundred, if one remedy gives as many."""
+    """Return how to get more steps: a hundred, if one remedy gives that many."""
     if config.train.max_steps is not None:
         return f"raise train.max_steps={plan.steps}"
     chosen, of_epoch = plan.global_batch_size_chosen, math.ceil(plan.rows_of_epochs[0] / min(1, plan.epochs))
@@ -105,10 +105,10 @@ def padding(config: Config, plan: Plan) -> Iterator[str]:
 
 
 def no_evaluation(config: Config, plan: Plan) -> Iterator[str]:
-    """Without held-out examples nothing shows whether the model improves."""
+    """Without held-out examples, nothing shows whether the model improves."""
     if plan.evaluation:
         return
-    # A hash decides which examples are held out. With 5 expected, the chance to get none is below 1 in 100.
+    # A hash decides which examples are held out. With 5 expected, the chance of getting none is below 1 in 100.
     fewest = min(source.examples for source in plan.sources.values())
     possible = [holdout for holdout in (0.1, 0.2, 0.3) if holdout * fewest >= FEW_EXAMPLES / 2]
     holdout = next(
@@ -163,7 +163,7 @@ def repeated_examples(config: Config, plan: Plan) -> Iterator[str]:
 
 
 def emptied_sources(config: Config, plan: Plan) -> Iterator[str]:
-    """Of a source, nothing may be left to train on."""
+    """Nothing of a source may be left to train on."""
     for name, source in plan.sources.items():
         if source.counts.get("left_out") == source.examples:
             yield (
@@ -188,14 +188,14 @@ def lost_records(config: Config, plan: Plan) -> Iterator[str]:
 
 
 def beyond_positions(config: Config, plan: Plan) -> Iterator[str]:
-    """A model was never trained on positions beyond its own."""
+    """A model was never trained on positions beyond its own range."""
     yield from beyond_lines(config, {**plan.evaluation, **plan.sources}, plan.positions, plan.can_be_scaled)
 
 
 def beyond_lines(
     config: Config, sources: Mapping[str, SourcePlan], positions: int | None, can_be_scaled: bool = True
 ) -> Iterator[str]:
-    """Yield the warnings about sources that give a model more positions than it has; None: it has no limit."""
+    """Yield the warnings about sources with examples longer than the model's positions; None: it has no limit."""
     asked, row = config.model.rope_scaling, config.data.sequence_length
     if positions is None or row <= positions:
         return  # rows cut longer documents
@@ -219,7 +219,7 @@ def beyond_lines(
 
 
 def quoted_arguments(config: Config, plan: Plan) -> Iterator[str]:
-    """The chat template may encode arguments a second time that are JSON text already, and the model learns that."""
+    """The chat template may encode arguments that are already JSON text a second time, and the model learns that."""
     for name, source in {**plan.evaluation, **plan.sources}.items():
         if count := source.counts.get("quoted_arguments", 0):
             yield (
@@ -230,7 +230,7 @@ def quoted_arguments(config: Config, plan: Plan) -> Iterator[str]:
 
 
 def stray_marks(config: Config, plan: Plan) -> Iterator[str]:
-    """A model for images may be given records whose images are in a column that is not read."""
+    """A vision-language model may be given records whose images are in a column that is not read."""
     for name, source in {**plan.evaluation, **plan.sources}.items():
         if count := source.counts.get("stray_marks", 0):
             yield (
@@ -250,7 +250,7 @@ def long_warm_up(config: Config, plan: Plan) -> Iterator[str]:
 
 
 def endless_turns(config: Config, plan: Plan) -> Iterator[str]:
-    """If no token ends the assistant's turns, generation runs to its limit."""
+    """If no token ends the assistant's turns, generation always runs to its limit."""
     turns = plan.turns
     remedy = "set model.chat_template to a template that writes a special token, such as eos_token, after each answer"
     endless = turns.no_end + turns.text_ends
@@ -303,7 +303,7 @@ def untrained_prompt_endings(config: Config, plan: Plan) -> Iterator[str]:
 
 
 def foreign_template(config: Config, plan: Plan) -> Iterator[str]:
-    """The model may belong to another family than the chat template."""
+    """The model may belong to a different family than the chat template."""
     if plan.missing_tokens:
         tokens = ", ".join(plan.missing_tokens)
         yield (
@@ -322,7 +322,7 @@ def no_checkpoints(config: Config, plan: Plan) -> Iterator[str]:
 
 
 def no_effect(config: Config, plan: Plan) -> Iterator[str]:
-    """Some settings do nothing beside others."""
+    """Some settings have no effect given others."""
     yield from unused_settings(config.train)
 
 

@@ -1,6 +1,6 @@
 """The training loop of one worker. It needs a process group and an iterator of batches, and no Ray.
 
-Read ``train`` and ``_Loop.run`` first: everything else is a step of theirs.
+Read ``train`` and ``_Loop.run`` first: everything else is one of their steps.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ from raysft.train.training import End, Training
 from raysft.train.waiting import Requests, StepRows
 
 ALONE = Outside()
-"""A training that hears nothing from outside."""
+"""For a training run that hears nothing from outside."""
 LOG_RECORDS = 1000
-"""Log records in a checkpoint, for a driver that died before it wrote them."""
+"""Number of log records kept in a checkpoint, in case the driver dies before it writes them."""
 
 
 def train(
@@ -64,7 +64,7 @@ def train(
 
     Args:
         job: what to train.
-        batches: this worker's rows of each step, from the step of ``resume`` on.
+        batches: this worker's rows for each step, starting at the step of ``resume``.
         device: where to compute.
         emit: receives the events; called by the first worker only.
         save: saves a checkpoint; called by all workers.
@@ -73,7 +73,7 @@ def train(
         phases: told what this worker does.
 
     Raises:
-        RunFailed: loss or gradient are not finite; raised by all workers alike.
+        RunFailed: the loss or the gradient is not finite; raised by all workers alike.
         Fault: this worker failed otherwise, for example because its rows differ from the row plan.
     """
     phases, rank = phases or Phases(), dist.get_rank()
@@ -93,7 +93,7 @@ def train(
 def _load(
     job: TrainJob, device: torch.device, emit: Emit, outside: Outside, phases: Phases, resume: ResumePoint | None
 ) -> tuple[Training, Cursor]:
-    """Load the model and the checkpoint; returns also the checkpoint's cursor, to start from."""
+    """Load the model and the checkpoint; also returns the checkpoint's cursor, to start from."""
     # DeepSpeed takes seconds to import; the driver imports this module too and does not need it.
     from raysft.train.engine import make_engine
 
@@ -117,7 +117,7 @@ def _load(
 
 
 class _Loop:
-    """The steps of one worker's training, and what comes between them."""
+    """The steps of one worker's training, and what happens between them."""
 
     def __init__(
         self,
@@ -130,8 +130,8 @@ class _Loop:
     ) -> None:
         """
         Args:
-            training: its model is loaded.
-            resumed: as the checkpoint has it; at the first step without one.
+            training: with its model loaded.
+            resumed: the cursor of the checkpoint; without one, at the first step.
             save: saves a checkpoint.
             ahead: reads this worker's rows.
             started: when the setup started, by ``time.perf_counter``.
@@ -197,7 +197,7 @@ class _Loop:
         return None if training.end.reason else self.rows.take()
 
     def before_steps(self, cursor: Cursor) -> None:
-        """Assess the untrained model, or make up for what a stop dropped where the training resumes."""
+        """Assess the untrained model or, when the training resumes, make up for what a stop dropped."""
         if cursor.step == 0:
             self.assessment.before_first_step(cursor)
             return
@@ -227,7 +227,7 @@ class _Loop:
             float(row_plan.step_tokens[index]),
             self.group,
         )
-        # Pixels are a part of the rows.
+        # Pixels are part of the rows, so waiting for them is waiting for rows.
         waited, own_wait = rows.wait + result.held_seconds, rows.own_wait + result.pixel_seconds
         seconds = time.perf_counter() - started - result.held_seconds
         if not result.applied:
@@ -246,11 +246,11 @@ class _Loop:
         return cursor
 
     def _skip(self, index: int, result: StepResult) -> None:
-        """Report a step that was not applied, and advance the learning rate all the same."""
+        """Report a step that was not applied, and advance the learning rate anyway."""
         if reason := self.nonfinite.check(index, result):
             self.training.emit(StepSkipped(index + 1, reason))
         if not self.training.engine.was_step_applied():
-            self.training.lr_scheduler.step()  # DeepSpeed leaves it unchanged, but it must end with the run
+            self.training.lr_scheduler.step()  # DeepSpeed leaves it alone, but it must end with the run
 
     def after_step(self, cursor: Cursor, evaluates: bool = True, generates: bool = True) -> None:
         """Evaluate, generate and save a checkpoint if they are due; ``Ending.finish`` does it after the last step."""

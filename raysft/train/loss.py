@@ -47,10 +47,10 @@ class TokenLoss(nn.Module):
             model: a transformers causal language model, with or without peft adapters.
             objective: loss of a token in training; evaluations measure the cross-entropy.
             neftune_alpha: strength of the noise on the embeddings in training.
-            max_tokens: most tokens that a microbatch of any worker holds. If given, the number of chunks depends on it alone and
+            max_tokens: the most tokens that any worker has in a microbatch. If given, the number of chunks depends on it alone and
                 not on the batch: with ZeRO-3, each call of the head is a collective (see ``step``).
             reference: the frozen model that the objective needs.
-            towers: what images go through; None if no data has any.
+            towers: what images go through; None if the data has no images.
         """
         super().__init__()
         self.model = model
@@ -75,15 +75,15 @@ class TokenLoss(nn.Module):
             input_ids: [rows, tokens].
             position_ids: [rows, tokens], starting at 0 in each example of a row; nothing else separates the examples. With images
                 also [4, rows, tokens] (``rope_planes``).
-            targets: [rows, tokens] the token that each one is to predict; ``IGNORE_INDEX`` where there is no loss.
+            targets: [rows, tokens] the token that each one should predict; ``IGNORE_INDEX`` where there is no loss.
             weights: [rows, tokens] weight of that loss. Default: 1.
             sources: [rows, tokens] source number of the token that is predicted. Default: 0.
             number_of_sources: number of sources.
             score: True in evaluations: measure the cross-entropy, and count correct predictions.
             images: of all rows, in order (``media_inputs``).
-            predicting: what ``uploads.predicting`` says of the targets. Default: it is found out here, for which a GPU must wait.
+            predicting: what ``uploads.predicting`` says of the targets. Default: computed here, for which a GPU must wait.
             examples: where the examples lie; likewise, but noise on the embeddings needs them. If other workers have other
-                tokens of the rows, each returns sums over its own.
+                tokens of the rows, each returns sums over its own tokens.
 
         Returns:
             The weighted sum of the losses (float32); [number_of_sources] the same sum per source, without gradient; and the number
@@ -176,7 +176,7 @@ class TokenLoss(nn.Module):
         """
         shape = input_ids.shape
         if has_planes(decoder) and position_ids.ndim == 2:
-            # Qwen's positions in time, height and width, of which text has three equal ones, follow those that keep examples apart.
+            # Qwen's positions in time, height and width (all equal in text) follow those that keep examples apart.
             position_ids = position_ids.expand(4, *shape)
         if is_varlen(decoder):
             input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(*position_ids.shape[:-2], 1, -1)
@@ -214,7 +214,7 @@ def _with_scale(head: Any, model: Any) -> Callable[[torch.Tensor], torch.Tensor]
 def scaled(logits: torch.Tensor, model: Any) -> torch.Tensor:
     """Scale and cap logits, as the configs of some architectures ask for.
 
-    ``check_states.check_head`` finds out whether the model does what its config says.
+    ``check_states.check_head`` checks whether the model does what its config says.
     """
     model = without_adapters(model)
     if getattr(model, "has_plain_logits", False):

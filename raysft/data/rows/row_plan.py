@@ -1,4 +1,4 @@
-"""Plan which example goes into which row, and which row into which step, before anything starts. Pure.
+"""Plan which example goes into which row, and which row into which step, before anything starts. Pure functions.
 
 The plan is a function of lengths, loss tokens, shards, weights and a seed. A resumed run, a worker and ``raysft check`` compute
 the same plan without communication.
@@ -32,16 +32,16 @@ from raysft.data.rows.row_layouts import Layout, Segments, SegmentsBuilder
 from raysft.errors import RequestError
 
 MAX_PLANNED = 1 << 32
-"""Most examples, counted once per epoch, whose order is planned before the start; the plan takes some 20 bytes for each."""
+"""Most examples, counted once per epoch, that a plan may order before the start; it takes about 20 bytes for each."""
 BLOCK = 1 << 20
-"""Segments that are looked at together where all of them would take too much memory."""
+"""Segments processed at a time where processing all of them at once would take too much memory."""
 STEP_SUMS = ("step_rows", "step_tokens", "step_loss_tokens", "step_squares", "step_weight")
-"""What a plan knows about each step. A stored plan keeps it, because it takes a look at all segments."""
+"""What a plan knows about each step. A stored plan keeps it, because computing it takes a pass over all segments."""
 
 
 @dataclass(frozen=True)
 class RowPlan:
-    """The rows of a training or an evaluation, in order."""
+    """The rows of a training run or an evaluation, in order."""
 
     segments: Segments
     sources: np.ndarray
@@ -55,11 +55,11 @@ class RowPlan:
     group_ends: np.ndarray
     """Rows at which a group of shards ends. Reading group by group opens each shard once."""
     epoch_ends: np.ndarray
-    """Consumed rows at which an epoch ends, also where the plan ends before."""
+    """Consumed rows at which an epoch ends, even where the plan ends earlier."""
 
     @property
     def rows(self) -> int:
-        """Rows of all epochs, with the empty rows that complete the last step of each epoch but the last."""
+        """Rows of all epochs, including the empty rows that complete the last step of each epoch but the last."""
         return len(self.segments.offsets) - 1
 
     @property
@@ -78,7 +78,7 @@ class RowPlan:
         return _sums(lambda first, stop: np.diff(offsets[first : stop + 1]) > 0, self._step_edges)
 
     def consumed(self, steps: int) -> int:
-        """Return the rows, without empty ones, of the first steps."""
+        """Return the number of rows in the first steps, without empty ones."""
         return int(self.step_rows[:steps].sum())
 
     @cached_property
@@ -87,7 +87,7 @@ class RowPlan:
         return np.cumsum(-(-np.diff(self.epoch_ends, prepend=0) // self.global_batch_size))
 
     def epochs_after(self, steps: int) -> float:
-        """Convert a number of steps to epochs; within an epoch each of its steps counts the same."""
+        """Convert a number of steps to epochs; within an epoch, each step counts the same."""
         epoch = int(np.searchsorted(self.epoch_steps, steps, side="left"))
         if epoch >= len(self.epoch_steps):
             return float(len(self.epoch_steps))
@@ -105,12 +105,12 @@ class RowPlan:
         return _sums(self._lengths, self._segment_edges)
 
     def examples_after(self, steps: int) -> int:
-        """Return the examples that the first steps train on, in each epoch anew; one in several rows counts where it begins."""
+        """Count the examples of the first steps, again in each epoch; one that spans several rows counts where it begins."""
         edge = int(self._segment_edges[steps])
         return sum(self._beginnings(first, min(first + BLOCK, edge)) for first in range(0, edge, BLOCK))
 
     def _beginnings(self, first: int, stop: int) -> int:
-        """Count the segments with which an example begins. A row of whose example one token is in the row before repeats it."""
+        """Count the segments that begin an example. After a row that holds only its first token, the next row repeats it."""
         before, segments = max(0, first - 1), self.segments
         begins, examples = segments.starts[before:stop] == 0, segments.examples[before:stop]
         repeats = begins[1:] & begins[:-1] & (segments.stops[before : stop - 1] == 1) & (examples[1:] == examples[:-1])
@@ -179,14 +179,14 @@ class RowPlan:
 
 
 def _sums(values: Callable[[int, int], np.ndarray], edges: np.ndarray) -> np.ndarray:
-    """Add values up between edges, as differences of a running total.
+    """Sum values between edges, as differences of a running total.
 
     Args:
         values: gives the values from one index up to another.
         edges: [sums + 1] indices, ascending.
 
     Returns:
-        [sums] int64, or float64 where the values are.
+        [sums] int64, or float64 if the values are.
     """
     total: Any = 0
     totals = [np.zeros(1, np.int64)]
@@ -235,13 +235,13 @@ def plan_rows(
         sources: lengths of each source's examples.
         capacity: tokens in a row.
         global_batch_size: rows in an optimizer step, over all workers; None: ``auto_batch_size`` of ``epochs``.
-        seed: with the number of the epoch it decides the order and, in a mixture, which examples are taken.
-        epochs: passes over the mixture. Each begins with a new step, so that the last step of each may be incomplete. A fraction
-            ends the last one in its middle.
+        seed: together with the epoch number, it decides the order and, in a mixture, which examples are taken.
+        epochs: passes over the mixture. Each begins with a new step, so that the last step of each may be incomplete. A
+            fraction ends the last one partway through.
         max_steps: cut the plan after this number of steps.
-        repeat: continue with further epochs, whatever ``epochs`` says, until there are ``max_steps``.
+        repeat: continue with further epochs, regardless of ``epochs``, until there are ``max_steps``.
         layout: how examples become rows. ``packed`` needs examples of at most ``capacity`` tokens; the others cut longer ones.
-        mixing: ``concat``: each example once an epoch; otherwise sources are taken in proportion to their weights, until the
+        mixing: ``concat``: each example once per epoch; otherwise sources are taken in proportion to their weights, until the
             first one runs out or until all have (the others repeat).
         document_mask: keep the examples of a ``joined`` row apart; otherwise an example's first token is predicted too.
         shuffle: draw the order from the seed; otherwise keep that of the sources.
@@ -287,7 +287,7 @@ def plan_rows(
 
 
 def _refuse_too_many(max_steps: int, planned: int) -> None:
-    """Refuse ``max_steps`` if they need so many epochs, as the first ones show, that no plan can hold their examples."""
+    """Refuse ``max_steps`` if, as the first epochs show, it needs more examples than a plan can hold."""
     if planned > MAX_PLANNED:
         raise RequestError(
             f"train.max_steps={max_steps} needs {planned:,} examples, but a row plan holds at most {MAX_PLANNED:,}; lower it"
@@ -295,14 +295,14 @@ def _refuse_too_many(max_steps: int, planned: int) -> None:
 
 
 def _loss_tokens(builder: SegmentsBuilder, made: Iterator[Epoch], known: list[Epoch]) -> Iterator[np.ndarray]:
-    """Yield [rows] loss tokens of each epoch that is made, and remember the epoch."""
+    """Yield [rows] loss tokens of each epoch as it is made, and remember the epoch."""
     for epoch in made:
         known.append(epoch)
         yield builder.loss_tokens(epoch.start)
 
 
 def _sources_of(examples: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
-    """[segments] int16 number of the source.
+    """[segments] int16 source number.
 
     Args:
         examples: [segments] index of the example, over all sources in order.

@@ -1,7 +1,7 @@
 """Turn examples into token ids and labels, with the model's own tokenizer and chat template.
 
-The tasks that tokenize import neither torch nor the tokenizer classes of transformers, whose import takes longer than tokenizing a
-small data set. The driver loads the tokenizer once and sends its parts.
+The tasks that tokenize import neither torch nor the tokenizer classes of transformers: importing them takes longer than
+tokenizing a small data set. The driver loads the tokenizer once and sends its parts.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class _Prepared:
     thoughts: Thoughts | None = None
     """Thoughts that the template itself does not write."""
     without_thoughts: Rendered | None = None
-    """The conversation as the template writes it without them."""
+    """The conversation as the template writes it, without them."""
     written: Written | None = None
     """The conversation with the texts of its images; None if it has none."""
 
@@ -53,7 +53,7 @@ class _Prepared:
 
     @property
     def spans(self) -> tuple[Span, ...]:
-        """What the assistant wrote in each of its turns, then each image, in characters of ``text``."""
+        """Character spans of ``text``: what the assistant wrote in each of its turns, then each image."""
         return (*self.written.spans, *self.written.media) if self.written else self.rendered.spans
 
 
@@ -70,7 +70,7 @@ class ExampleTokenizer:
         self.control_tokens = ControlTokens(tokenizer)
         variables = {**tokenizer.special_tokens, **options.template_options}
         if options.default_system == "":
-            variables["default_system"] = ""  # templates by name read it
+            variables["default_system"] = ""  # named templates read it
         self.processor = tokenizer.processor
         token, words = (self.processor.image_token, self.processor.words) if self.processor else ("", "")
         self.template, tool_template = (
@@ -83,7 +83,7 @@ class ExampleTokenizer:
         self.added = AddedTokens.of(self.backend, str(bos) if bos else None) if self.processor else None
 
     def __call__(self, examples: Sequence[Example]) -> Iterator[TokenizeResult]:
-        """Tokenize a batch in one pass. An example may give several pieces or be rejected.
+        """Tokenize a batch in one pass. An example may yield several pieces or be rejected.
 
         Raises:
             RequestError: the tokenizer lacks something that examples of this kind need.
@@ -92,7 +92,7 @@ class ExampleTokenizer:
         in_batch = [item for item in prepared if isinstance(item, _Prepared) and not item.escaped]
         chats = [item for item in in_batch if item.example.messages]
         texts = [item.example.text for item in in_batch if item.example.text and item.example.prompt_length is None]
-        # A chat template writes all special tokens itself (but see ``AddedTokens``). A plain text gets those the tokenizer adds.
+        # A chat template writes all special tokens itself (but see ``AddedTokens``). Plain text gets those the tokenizer adds.
         encoded_chats = self.encode_spans([chat.text for chat in chats], [chat.spans for chat in chats])
         encoded_texts = iter(self.encode_spans.encode(texts, add_special_tokens=True))
         for item in prepared:
@@ -163,7 +163,7 @@ class ExampleTokenizer:
             raise
         except ValueError as error:
             return Rejected(example.source, example.record, str(error))
-        except Exception as error:  # a template may raise errors of its own
+        except Exception as error:  # a template may raise any error
             reason = f"the chat template rejects the conversation ({one_line(error)})"
             return Rejected(example.source, example.record, reason)
         if self.processor and has_stray_mark(example.messages):
@@ -179,7 +179,7 @@ class ExampleTokenizer:
         )
 
     def _media_fault(self, example: Example) -> str:
-        """Return why an example with images, or a text that reads as one, cannot be used; empty if it can.
+        """Return why an example with images, or a text that reads as one, cannot be used; empty if it can be.
 
         Raises:
             RequestError: the model takes no images.
@@ -278,12 +278,12 @@ class ExampleTokenizer:
             yield from fit_to_row(tokenized, turns, self.options, differ_alone)
 
     def _differ_alone(self, tokenized: TokenizedExample, media: Sequence[Medium]) -> bool:
-        """True if an example is longer than a row and one of its images would have other tokens if it were the only one."""
+        """True if an example is longer than a row and one of its images would have different tokens on its own."""
         longer = len(tokenized.input_ids) > self.options.sequence_length
         return longer and len(media) > 1 and self.images is not None and self.images.differ_alone(media)
 
     def _asked(self, item: _Prepared) -> _Prepared | Rejected:
-        """Let a stand-in answer the last turn of a conversation that ends with a question or the result of a call."""
+        """Append a stand-in answer to a conversation that ends with a question or a tool result."""
         messages = item.example.messages
         if messages[-1].role not in ("user", "tool"):
             return item
@@ -329,7 +329,7 @@ class ExampleTokenizer:
         return ids, [_bounds(tokens_in_spans(offsets, [span])) for span in spans]
 
     def _added_to(self, text: str, ids: np.ndarray, spans: list[Span]) -> Encoded:
-        """Put the tokens around a conversation that its processor would add."""
+        """Add the tokens that the processor would put around a conversation."""
         return self.added.put_around(text, ids, spans) if self.added else (ids, spans)
 
     def _text(self, item: _Prepared, ids: Sequence[int] | np.ndarray) -> Iterator[TokenizeResult]:
@@ -357,7 +357,7 @@ class ExampleTokenizer:
             yield from fit_to_row(tokenized, [turn], self.options)
 
     def _ids(self, example: Example) -> Iterator[TokenizeResult]:
-        """Take ids and labels of a record that is tokenized already."""
+        """Take ids and labels from a record that is already tokenized."""
         ids = np.asarray(example.ids, np.int32)
         labels = np.asarray(example.labels, np.int32)
         reason = ""
@@ -387,14 +387,14 @@ class ExampleTokenizer:
     def _tokenized(
         self, example: Example, ids: np.ndarray, labels: np.ndarray, counts: tuple[tuple[str, int], ...] = ()
     ) -> TokenizedExample:
-        """Put together an example that is not a conversation."""
+        """Assemble an example that is not a conversation."""
         observations = self.inspector.inspect_ids(ids, labels)
         return TokenizedExample(
             example.source, example.record, ids, labels, example.weight, counts=counts, observations=observations
         )
 
     def _labels(self, ids: np.ndarray, spans: Sequence[Span], media: Sequence[Span] = ()) -> np.ndarray:
-        """[tokens] int32 labels of the tokens in the spans, or of all with ``data.train_on_prompt``, without those of images."""
+        """[tokens] int32 labels: tokens in the spans, or all with ``data.train_on_prompt``, except those of images."""
         if self.options.train_on_prompt and not media:
             return ids
         labels = np.full(len(ids), IGNORE_INDEX, np.int32)
@@ -408,7 +408,7 @@ class ExampleTokenizer:
         return self.backend.encode(text, add_special_tokens=special).ids
 
     def _with_bos(self, text: str, escape: bool) -> list[int]:
-        """Encode a text after the special tokens with which the tokenizer begins one."""
+        """Encode a text, preceded by the special tokens that the tokenizer begins with."""
         bos = [token for token in self._encode("", special=True) if token != self.eos]
         return [*bos, *self._encode_text(text, escape)]
 
@@ -430,7 +430,7 @@ def _placed(media: Sequence[Medium], spans: Sequence[Span]) -> tuple[TokenizedMe
 
 
 def _prompt_alone(tokenized: TokenizedExample) -> TokenizedExample | Rejected:
-    """Leave the answer out of an example that has none. It has no loss, so that one token is enough in a row."""
+    """Drop the stand-in answer of an example. Such an example has no loss, so one token in a row is enough."""
     if not len(tokenized.prompt_ids):
         return Rejected(tokenized.source, tokenized.record, "the prompt has no tokens")
     return replace(
