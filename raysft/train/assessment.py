@@ -1,4 +1,4 @@
-"""The assessment of the model after a step: evaluate it, have it predict, and see whether it is the best so far."""
+"""Assess the model after a step: evaluate it, have it predict, and see whether it is the best so far."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from raysft.train.training import Training
 
 
 def early_stopper(training: Training, exporter: Exporter, cursor: Cursor) -> EarlyStopper:
-    """Return what compares models, from the best one that a checkpoint knows on.
+    """Return what compares models, starting with the best one recorded in a checkpoint.
 
     Args:
         training: whose models are compared.
         exporter: keeps the best one.
-        cursor: as the checkpoint has it.
+        cursor: of the checkpoint.
     """
     train = training.job.config.train
     best = known_best(train, cursor, training.job.identity)
@@ -45,7 +45,7 @@ def early_stopper(training: Training, exporter: Exporter, cursor: Cursor) -> Ear
 class Assessment:
     """Assesses the models of one worker's training; all workers do it together.
 
-    Each method may find that the training is to end, which ``training.end`` tells.
+    Each method may find that the training should end; ``training.end`` says so.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Assessment:
             evaluator: computes their losses.
             generations: has them predict.
             stopper: compares them.
-            results: of the evaluation where the training resumes; empty if it has none.
+            results: of the evaluation at the step where the training resumes; empty if there are none.
         """
         self._training, self._evaluator, self._generations, self._stopper = training, evaluator, generations, stopper
         self._evaluations = Interval.of_evaluations(training.job.config.train, training.row_plan)
@@ -76,11 +76,11 @@ class Assessment:
             self._evaluate(cursor, FirstEvaluation.find(self._training.job, self._training.device))
 
     def resume(self, cursor: Cursor) -> bool:
-        """Take up the predictions of an earlier process; returns True if those after the cursor's step are due, but not begun."""
+        """Take up the predictions of an earlier process; returns True if those after the cursor's step are due but not begun."""
         results = self._generations.resume(cursor, bool(self._needed_score))
         missing = self._generations.is_missing(cursor, self._needed_score)
         if self._needed_score and not (self._training.end.reason or missing) and self._generations.is_due(cursor.step):
-            # A remote run keeps the scores of this moment only after the workers hear of them.
+            # A remote run stores these scores only after the workers hear of them.
             self._compare_scores(cursor, results or self._generations.results(cursor.step))
         return missing
 
@@ -96,7 +96,7 @@ class Assessment:
         return not self._training.end.reason
 
     def generate(self, cursor: Cursor) -> None:
-        """Have the model of this step predict, if that is due; wait for predictions as far as the training has to."""
+        """Have the model of this step predict, if that is due; wait for predictions only if the training has to."""
         if not self._generations.is_due(cursor.step):
             return self._generations.after_step(cursor)
         training = self._training
@@ -126,19 +126,19 @@ class Assessment:
             self.generate(cursor)
 
     def is_lacking(self, cursor: Cursor) -> bool:
-        """Return True if an evaluation is due after this step, and is to be made once the training continues."""
-        # Without the metric that decides, it is evaluated again; the lack of a score of predictions is none of its own.
+        """Return True if an evaluation is due after this step, and should be made once the training continues."""
+        # Without the deciding metric, it is evaluated again; a missing score of predictions does not matter here.
         compared = self._evaluator.seen == cursor.step and not (self._training.end.failed and not self._needed_score)
         return self._evaluations.is_due(cursor.step) and not compared
 
     @property
     def _needed_score(self) -> str:
-        """The score of predictions that decides which model is the best; empty if none does."""
+        """The prediction score that decides which model is the best; empty if none does."""
         train = self._training.job.config.train
         return train.best_metric if train.goes_by_predictions else ""
 
     def _evaluate(self, cursor: Cursor, first: FirstEvaluation | None = None) -> None:
-        """Evaluate all sets but those known from ``first``; drop that if the training is to stop meanwhile."""
+        """Evaluate all sets except those known from ``first``; drop the evaluation if the training should stop meanwhile."""
         try:
             with averaged(self._training.engine):
                 self.eval_results = self._evaluator(self._training.engine, cursor, first)
@@ -146,14 +146,14 @@ class Assessment:
             self._training.stop_as_asked()
 
     def _compare(self, cursor: Cursor, results: Mapping[str, float]) -> None:
-        """Look whether the model after this step is the best so far, by the results of evaluations or predictions of this step.
+        """Check whether the model after this step is the best so far, by the results of this step's evaluations or predictions.
 
-        The training ends with a checkpoint if they lack the metric that is to decide.
+        The training ends with a checkpoint if they lack the deciding metric.
         """
         end = self._training.end
         keeps = self._training.job.config.train.keep_best and self._stopper.judges(results)
         if keeps and self._evaluator.seen != cursor.step:
-            self._evaluate(cursor)  # a model that may be kept has results of its own
+            self._evaluate(cursor)  # a model that may be kept has its own results
             if end.reason:
                 return
         evaluated = self.eval_results if self._evaluator.seen == cursor.step else {}

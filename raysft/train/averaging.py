@@ -1,4 +1,4 @@
-"""Optimizers that train other weights than those to use: schedule-free ones and SPlus average them."""
+"""Optimizers that train weights other than those to use: schedule-free ones and SPlus average them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from raysft.train.deepspeed_internals import base_optimizer, sync_model_weights
 
 @contextmanager
 def averaged(engine: Any) -> Iterator[None]:
-    """Give the model the weights to use for the block, and then exactly those that are trained. All workers call it.
+    """Give the model the weights to use for the block, then restore exactly those being trained. All workers call it.
 
-    It keeps a copy of the trained weights in float32 meanwhile. With other optimizers it does nothing.
+    In the meantime it keeps a copy of the trained weights in float32. With other optimizers it does nothing.
     """
     optimizer = base_optimizer(engine)
     if not (averages(engine) and optimizer.state):
@@ -37,14 +37,14 @@ def averaged(engine: Any) -> Iterator[None]:
 
 
 def averages(engine: Any) -> bool:
-    """Return True if the optimizer trains other weights than those to use."""
+    """Return True if the optimizer trains weights other than those to use."""
     return callable(getattr(base_optimizer(engine), "eval", None))
 
 
 def _switch(optimizer: Any, trained: list[torch.Tensor], mode: str) -> None:
     groups = optimizer.param_groups
     empty = not any(group["params"] for group in groups)
-    if empty:  # ZeRO-3 fills them in each step alone, with one tensor for each group
+    if empty:  # ZeRO-3 fills them only during a step, with one tensor for each group
         for group, owner in zip(groups, trained, strict=True):
             group["params"] = [owner]
     getattr(optimizer, mode)()

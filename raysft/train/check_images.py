@@ -1,4 +1,4 @@
-"""A check before the training that images stay in their own examples, whatever is packed beside them."""
+"""A check before training that images only affect their own examples, whatever is packed next to them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ SIZES = ((60, 90), (150, 60))
 TEXTS = ((3, 4), (6, 2))
 """Tokens before and after the image of each."""
 ROUNDING = 1e-3
-"""Most that rounding changes, of the largest hidden state: rows of another length are summed up in another order, which many layers
-amplify. What is wrong changes a quarter and more."""
+"""The most that rounding changes, as a share of the largest hidden state: rows of a different length are summed in a different
+order, which many layers amplify. Real errors change a quarter or more."""
 
 
 @torch.no_grad()
@@ -33,7 +33,7 @@ def check_images(model: TokenLoss, processor: Any, device: torch.device, packed:
         packed: True if rows hold several examples.
 
     Raises:
-        RequestError: they have others, or the model cannot be given images in this way.
+        RequestError: they do not, or the model cannot be given images in this way.
     """
     whole = without_adapters(model.model)
     name, decoder = type(whole).__name__, whole.base_model
@@ -44,7 +44,7 @@ def check_images(model: TokenLoss, processor: Any, device: torch.device, packed:
     except NoPositions:
         use_plain(whole)
         difference = _difference(model, decoder, processor, device, packed)
-    except Exception as error:  # of any type: the code of the model and of its processor decide
+    except Exception as error:  # of any type: raised by the code of the model and its processor
         raise RequestError(
             f"{name} cannot be trained on images ({type(error).__name__}: {one_line(error)}); use another model, or text-only "
             "data"
@@ -58,7 +58,7 @@ def check_images(model: TokenLoss, processor: Any, device: torch.device, packed:
 
 
 def _difference(model: TokenLoss, decoder: Any, processor: Any, device: torch.device, packed: bool) -> float:
-    """Return the largest difference of hidden states between examples alone and side by side in two rows; 0 for rounding."""
+    """Return the largest difference in hidden states between examples alone and side by side in two rows; 0 if it is rounding."""
     from PIL import Image
 
     draw, pictures, examples, starts = np.random.default_rng(0), [], [], []

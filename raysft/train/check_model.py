@@ -19,7 +19,7 @@ from raysft.storage.local_cache import local_copy
 
 
 def check_model(config: Config, model: str, notify: Callable[[str], None] = lambda line: None) -> Any:
-    """Find the problems that the workers would only find after they started.
+    """Find the problems that the workers would find only after they started.
 
     Args:
         config: the run's config.
@@ -31,7 +31,7 @@ def check_model(config: Config, model: str, notify: Callable[[str], None] = lamb
 
     Raises:
         RequestError: the model needs code that ``model.trust_remote_code`` does not allow, has no weights, has no modules for the
-            adapters, or has a table of fewer positions than a row.
+            adapters, or has a position table shorter than a row.
     """
     from raysft.models.attention import kernel
     from raysft.models.new_layers import expanded_config
@@ -70,7 +70,7 @@ def check_model(config: Config, model: str, notify: Callable[[str], None] = lamb
 
 
 def _check_routers(model: Any, config: Config) -> None:
-    """Refuse a loss of routers for a model that has none, or whose routers say too little."""
+    """Refuse a loss of routers for a model that has none, or whose routers return too little."""
     if not config.train.router_aux_loss_coef:
         return
     kind, key = (
@@ -86,7 +86,7 @@ def _check_routers(model: Any, config: Config) -> None:
 
 
 def _tell_frozen(model: Any, config: Config, notify: Callable[[str], None]) -> None:
-    """Name the weights of the projector that no module of peft's can hold."""
+    """Name the projector weights that no peft module can hold."""
     if frozen := loose_weights(model, "projector"):
         notify(
             f"model.train_parts names projector, but {', '.join(frozen):.200} stays frozen: adapters train whole modules, and "
@@ -96,12 +96,12 @@ def _tell_frozen(model: Any, config: Config, notify: Callable[[str], None]) -> N
 
 
 def check_positions(config: Config, hf_config: Any) -> None:
-    """Refuse a model that has a table of fewer positions than a row.
+    """Refuse a model whose position table is shorter than a row.
 
-    One that computes its positions takes any; ``run.warnings`` tells examples that are longer than those that it was trained on.
+    A model that computes its positions takes any; ``run.warnings`` reports examples longer than it was trained on.
 
     Raises:
-        RequestError: it has.
+        RequestError: it is.
     """
     positions = positions_of(hf_config)
     if positions and config.data.sequence_length > positions and not is_rotary(hf_config):
@@ -111,10 +111,10 @@ def check_positions(config: Config, hf_config: Any) -> None:
 
 
 def check_shared_rows(config: Config, hf_config: Any) -> None:
-    """Refuse a model whose rows several workers cannot compute together; the workers find out about the rest.
+    """Refuse a model whose rows several workers cannot compute together; the workers check the rest.
 
     Raises:
-        RequestError: it is one, and ``scaling.sequence_parallel`` asks for that.
+        RequestError: they cannot, and ``scaling.sequence_parallel`` asks for that.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -145,7 +145,7 @@ def check_shared_rows(config: Config, hf_config: Any) -> None:
         )
     scaling = getattr(text, "rope_parameters", None) or {}
     types = {each.get("rope_type") for each in (scaling, *scaling.values()) if isinstance(each, dict)}
-    # ``dynamic_rope`` scales by whole examples, but Phi-3.5-MoE looks at the longest position itself for its mscale.
+    # ``dynamic_rope`` scales by whole examples, but Phi-3.5-MoE itself reads the longest position for its mscale.
     if scaling.get("rope_type") in BY_LENGTH and "long_mscale" not in scaling:
         types.clear()
     if by_length := types & set(BY_LENGTH):
@@ -171,7 +171,7 @@ def _names_modules(config: Config) -> bool:
 
 
 def _check_experts(model: str, hf_config: Any) -> None:
-    """Refuse a model whose experts KTransformers' kernel cannot compute; whether the workers' CPUs can is for them to see."""
+    """Refuse a model whose experts KTransformers' kernel cannot compute; whether the workers' CPUs can is checked there."""
     from raysft.models.kt_experts import check_architecture
     from raysft.models.kt_internals import check_kernel
 

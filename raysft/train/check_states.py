@@ -1,6 +1,6 @@
-"""Checks before the training that the loss is right for a model: its logits, causality, packed rows and slices of rows.
+"""Checks before training that the loss is right for a model: its logits, causality, packed rows and slices of rows.
 
-Each compares hidden states that must be equal, and refuses the model in one line if they are not.
+Each compares hidden states that must be equal, and rejects the model in one line if they are not.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from raysft.train.loss import TokenLoss, decoder_and_head, scaled
 from raysft.train.sequence_group import SequenceGroup
 
 ROUNDING = 1e-3
-"""Most that rounding changes in float32, of the largest hidden state, where attention is computed in another order, which many
-layers amplify. What is wrong changes much more."""
+"""The most that rounding changes in float32, as a share of the largest hidden state, where attention is computed in a different
+order, which many layers amplify. Real errors change much more."""
 
 
 @torch.no_grad()
 def check_head(loss: TokenLoss, device: torch.device) -> None:
     """Check that decoder and head together give the model's logits; some models scale or cap logits after the head.
 
-    Some models for images (AyaVision) leave out what their language model alone does; then so does the loss.
+    Some vision-language models (AyaVision) leave out what their language model does on its own; then so does the loss.
 
     Raises:
-        RequestError: the logits differ, so that the loss would be wrong, or are NaN.
+        RequestError: the logits differ, so the loss would be wrong, or they are NaN.
     """
     decoder, head = decoder_and_head(loss.model)
     ids = torch.arange(8, device=device)[None]
@@ -57,10 +57,10 @@ def check_head(loss: TokenLoss, device: torch.device) -> None:
 
 @torch.no_grad()
 def check_causal(loss: TokenLoss, device: torch.device) -> None:
-    """Check that no token attends to later tokens, which it must predict.
+    """Check that no token attends to later tokens, which it has to predict.
 
     Raises:
-        RequestError: one does, as in encoders, so that the loss would be meaningless.
+        RequestError: one does, as in encoders, so the loss would be meaningless.
     """
     ids = torch.arange(8, device=device)[None]
     other = ids.clone()
@@ -91,7 +91,7 @@ def check_rows(loss: TokenLoss, device: torch.device, rows: int, remedy: str) ->
 
 @torch.no_grad()
 def check_slices(loss: TokenLoss, device: torch.device, group: SequenceGroup) -> None:
-    """Check that a worker computes the same hidden states for its slice of a row as if it had the whole row.
+    """Check that a worker computes the same hidden states for its slice of a row as it would with the whole row.
 
     Raises:
         RequestError: they differ, as in models with a recurrent state, or whose layers use more than the positions they are given.
@@ -116,7 +116,7 @@ def check_slices(loss: TokenLoss, device: torch.device, group: SequenceGroup) ->
     finally:
         begin(None)
     difference = torch.tensor(difference_of(expected, found, decoder, ROUNDING), device=device)
-    dist.all_reduce(difference, dist.ReduceOp.MAX)  # the first slice of a row may be right alone
+    dist.all_reduce(difference, dist.ReduceOp.MAX)  # the first slice of a row may be right on its own
     if difference:
         raise RequestError(
             f"{type(model).__name__} computes different hidden states for slices of a row than for the whole row (by "
@@ -133,7 +133,7 @@ def _refuse_difference(
     fault: str,
     remedy: str,
 ) -> None:
-    """Refuse the model if two inputs, [rows, tokens], have different hidden states at the given tokens."""
+    """Reject the model if two inputs, [rows, tokens], have different hidden states at the given tokens."""
     if getattr(without_adapters(loss.model), "is_loaded_in_8bit", False):
         return  # LLM.int8 rounds each token depending on the whole batch
     decoder, _ = decoder_and_head(loss.model)
@@ -143,17 +143,17 @@ def _refuse_difference(
 
 
 def difference_of(one: torch.Tensor, other: torch.Tensor, decoder: Any, float32: float = 1e-5) -> float:
-    """Return the largest difference of two hidden states, infinite where one is NaN; 0 if rounding explains it.
+    """Return the largest difference between two hidden states, infinite if one is NaN; 0 if rounding explains it.
 
     Args:
         one: hidden states.
-        other: those that they are compared with.
-        decoder: the model that they come from.
+        other: the ones to compare with.
+        decoder: the model they come from.
         float32: the most that rounding explains in float32, as a share of the largest state.
     """
     difference, size = float((one - other).abs().max()), float(one.abs().max())
     exact = next(decoder.parameters()).dtype == torch.float32
     if difference <= size * (float32 if exact else 2e-2) < math.inf:
         return 0.0
-    # Unlike NaN, infinity is the largest of several.
+    # Unlike NaN, infinity survives taking the maximum.
     return math.inf if math.isnan(difference) else difference

@@ -1,8 +1,8 @@
 """Decoder layers as compiled code: ``train.compile``.
 
-Each layer is compiled by itself, as torchtitan does: the layers of a model are alike, so that one graph serves all of them, and it
-is small. Rows differ in width, so the graph is made for any. Passes without gradients (evaluations, the checks at the start, a
-frozen reference) compute as they did: their numbers stay the same to the last bit, and nothing is compiled for them.
+Each layer is compiled separately, as torchtitan does: the layers of a model are alike, so one small graph serves all of them.
+Rows differ in width, so the graph takes any. Passes without gradients (evaluations, the checks at the start, a frozen
+reference) compute as before: their numbers stay the same to the last bit, and nothing is compiled for them.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from raysft.models.transformers_internals import recomputation_of, without_recom
 
 REMEDY = "set train.compile=false"
 BACKEND = "inductor"
-"""What torch.compile makes code with."""
+"""The torch.compile backend."""
 TOKENS = {
     "hidden_states": (-2,), "attention_mask": (-2, -1), "position_ids": (-1,), "position_embeddings": (-2,),
     "cu_seq_lens_q": (-1,), "cu_seq_lens_k": (-1,),
 }  # fmt: skip
-"""Arguments of layers in transformers → their dimensions that differ from row to row."""
+"""Arguments of layers in transformers → their dimensions that vary between rows."""
 
 
 def check_compiler(device: torch.device) -> None:
-    """Check that torch can compile code for the device, by compiling a little.
+    """Check that torch can compile code for the device, by compiling something small.
 
     Raises:
         RequestError: it cannot.
     """
-    kind = "C" if device.type == "cuda" else "C++"  # Triton compiles what starts its kernels
+    kind = "C" if device.type == "cuda" else "C++"  # Triton compiles the launchers of its kernels
     variable, usual = ("CC", ("gcc", "clang", "cc")) if device.type == "cuda" else ("CXX", ("g++",))
     asked = os.environ.get(variable)
     if not any(shutil.which(each) for each in ((asked,) if asked else usual)):
@@ -51,7 +51,7 @@ def check_compiler(device: torch.device) -> None:
     numbers = torch.linspace(-1, 1, 64, device=device, requires_grad=True)
     try:
         torch.compile(_little, backend=BACKEND)(numbers).backward()
-    except Exception as error:  # of any type: compilers, their headers and drivers decide
+    except Exception as error:  # of any type: raised by compilers, their headers and drivers
         raise RequestError(
             f"train.compile=true, but torch.compile fails on this node ({type(error).__name__}: {one_line(error):.300}); {REMEDY}"
         ) from None
@@ -62,10 +62,10 @@ def _little(numbers: torch.Tensor) -> torch.Tensor:
 
 
 def compile_layers(model: nn.Module, device: torch.device) -> None:
-    """Let the decoder layers of a model, with or without peft's adapters, compute with compiled code where gradients are wanted.
+    """Let the decoder layers of a model, with or without peft's adapters, compute with compiled code where gradients are needed.
 
-    Names of weights stay, and so do the hooks of the layers themselves, which run around the compiled code; so does recomputation,
-    which calls it again. Hooks inside of a layer are compiled with it, so what ZeRO-3 gathers must be gathered for whole layers
+    Weight names stay, and so do the hooks of the layers themselves, which run around the compiled code, and recomputation,
+    which calls it again. Hooks inside a layer are compiled with it, so what ZeRO-3 gathers must be gathered for whole layers
     (``layers_of``).
 
     Raises:
@@ -73,12 +73,12 @@ def compile_layers(model: nn.Module, device: torch.device) -> None:
     """
     layers = layers_of(model)
     check_compiler(device)
-    torch.compiler.reset()  # what an earlier training in this process compiled counts against torch's limit
+    torch.compiler.reset()  # what an earlier training run in this process compiled counts against torch's limit
     keep_uncompiled(without_adapters(model).get_decoder())
-    # peft gives experts with an adapter another class in each pass, so that no code would fit the next one.
+    # peft gives experts with an adapter a new class in each pass, so the code would never fit the next one.
     for experts in parameter_adapters(model):
         experts.forward = torch.compiler.disable(experts.forward)
-    # Layers that differ in a size or a setting need a graph each, and the first one another if its input has no gradient.
+    # Layers that differ in a size or a setting need a graph each, and the first one needs another if its input has no gradient.
     allow_graphs(2 * len(layers))
     for layer in layers:
         layer.forward = _compiled(layer)  # type: ignore[method-assign]
@@ -109,7 +109,7 @@ def _compiled(layer: nn.Module) -> Callable[..., Any]:
 def _mark_tokens(inputs: Mapping[str, Any]) -> None:
     """Tell the compiler which dimensions count tokens.
 
-    Those of a size that is the same by chance, such as that of a head, would otherwise be taken for the same.
+    Other dimensions that happen to have the same size, such as a head's, would otherwise be taken for them.
     """
     for name, dimensions in TOKENS.items():
         value = inputs.get(name)

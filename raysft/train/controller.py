@@ -1,4 +1,4 @@
-"""Ray Train's controller, as the driver holds it: the actor that starts the workers, and stops them when it is told to."""
+"""Ray Train's controller, as the driver holds it: the actor that starts the workers, and stops them when told to."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STOP_SECONDS = 30
 class ControllerStarted:
     """Message of the controller to the driver: its own actor handle.
 
-    Ray Train hands the handle over in a driver's main thread only, and a trial of a sweep is driven from another one.
+    Ray Train only provides the handle in a driver's main thread, and a trial of a sweep is driven from another thread.
     """
 
     actor: Any

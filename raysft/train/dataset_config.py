@@ -1,6 +1,6 @@
-"""What Ray Train asks at each start of the workers: from which checkpoint they resume, and which rows each of them gets.
+"""What Ray Train asks at each start of the workers: which checkpoint they resume from, and which rows each of them gets.
 
-Ray Train unpickles this in processes of its own that never train. Nothing here imports torch, which would take them seconds.
+Ray Train unpickles this in its own processes, which never train. Nothing here imports torch, which would take them seconds.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ RESUME, TRAIN = "resume", "train"
 class Resumption:
     """Decides where the workers resume. Ray Train's controller asks at each start: the newest checkpoint may be another one.
 
-    The decision travels as if it were a dataset, since datasets are what Ray Train makes anew for each start.
+    The decision travels as if it were a dataset, since datasets are what Ray Train makes again for each start.
     """
 
     def __init__(self, checkpoints: StoragePath, emit: Emit) -> None:
@@ -52,7 +52,7 @@ class PlannedDataConfig(ray.train.DataConfig):
     def configure(
         self, datasets: Any, world_size: int, worker_handles: Any, worker_node_ids: Any, **options: Any
     ) -> Any:
-        """Divide the rows from the resume point on among the workers; hand the resume point itself to each of them."""
+        """Divide the rows from the resume point on among the workers; give each of them the resume point itself."""
         (name, resume), rows = *datasets.items(), self._job.train_rows
         if name == RESUME:
             return [{RESUME: resume}] * world_size

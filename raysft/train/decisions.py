@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ray.util.queue import Queue
 
 WAIT_SECONDS = 300
-"""How long the first worker waits for a decision before it trains on; well below the timeout of the others in a collective."""
+"""How long the first worker waits for a decision before it continues; well below the timeout of the others in a collective."""
 
 
 class Decision(IntEnum):
@@ -34,20 +34,20 @@ Decide = Callable[[int], Decision]
 
 @dataclass(frozen=True)
 class Outside:
-    """What a worker hears from outside of its training. What only one worker knows reaches the others in collectives."""
+    """What a worker hears from outside its training loop. What only one worker knows reaches the others in collectives."""
 
     preemption_reason: Callable[[], str] = str
-    """Returns why this worker's machine will be preempted soon, so that a checkpoint is saved; empty if it will not."""
+    """Returns why this worker's machine will be preempted soon, so that a checkpoint is saved; empty if it will not be."""
     stop_reason: Callable[[], str] = str
-    """Returns why the training is to save a checkpoint and end; empty if it is not. The answer of the first worker counts."""
+    """Returns why the training should save a checkpoint and end; empty if it should not. The first worker's answer counts."""
     decide: Decide | None = None
-    """Asked after each evaluation but the first and the last, whether to continue."""
+    """Asked after each evaluation except the first and the last whether to continue."""
     generation: Any = None
     """``generation.Line`` to the driver, which generates with the models of steps; None if it does not."""
 
 
 def receiver(queue: Queue) -> Decide:
-    """Return a function that waits for what the driver puts into a queue: (step, decision)."""
+    """Return a function that waits for what the driver puts in a queue: (step, decision)."""
     from ray.exceptions import RayError
     from ray.util.queue import Empty
 
@@ -56,10 +56,10 @@ def receiver(queue: Queue) -> Decide:
         try:
             while (left := limit - time.monotonic()) > 0:
                 after, decision = queue.get(timeout=left)
-                if after == step:  # else it is of workers that failed before they read it
+                if after == step:  # otherwise it is for workers that failed before they read it
                     return Decision(decision)
         except (Empty, RayError):
-            pass  # an unheard scheduler stops nothing
+            pass  # a scheduler that does not answer stops nothing
         return Decision.GO_ON
 
     return decide
@@ -78,7 +78,7 @@ def from_first(*values: int, device: Any) -> list[int]:
 
 
 def any_worker(*values: bool, device: Any) -> list[bool]:
-    """Return on all workers for each value whether it is true for any of them. A collective."""
+    """Return, for each value and on all workers, whether it is true for any worker. A collective."""
     tensor = torch.tensor([int(value) for value in values], device=device)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return [bool(value) for value in tensor.tolist()]

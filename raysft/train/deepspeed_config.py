@@ -12,23 +12,23 @@ from raysft.errors import RequestError, one_line
 from raysft.train.deepspeed_internals import numel
 
 OURS = ("optimizer", "scheduler", "data_efficiency", "curriculum_learning")
-"""Sections of a DeepSpeed config that would override keys of ours."""
+"""Sections of a DeepSpeed config that would override our keys."""
 INSTEAD = {
     "sequence_parallel_size": "scaling.sequence_parallel",
     "activation_checkpointing": "train.gradient_checkpointing, train.recompute_layers or train.offload.activations",
     "compile": "train.compile",
 }
-"""Keys of a DeepSpeed config that do nothing for transformers' models → raysft's keys to set instead."""
+"""Keys of a DeepSpeed config that have no effect on transformers' models → raysft's keys to set instead."""
 SUMS = "communication_data_type"
-"""DeepSpeed's key for the type in which the gradients of all workers are added up."""
+"""DeepSpeed's key for the data type in which the gradients of all workers are summed."""
 LARGEST_BUCKET = 500_000_000
-"""DeepSpeed's default for the number of gradient elements that it reduces at once."""
+"""DeepSpeed's default number of gradient elements to reduce at once."""
 LARGEST_SUB_GROUP = 10**15
 """More elements than any worker updates."""
 
 
 def zero_stage(config: Config) -> int:
-    """Return the ZeRO stage: at least 1 for 16-bit weights that need float32 copies, which DeepSpeed keeps from there on."""
+    """Return the ZeRO stage: at least 1 for 16-bit weights that need float32 copies, which DeepSpeed keeps from that stage on."""
     needs_copies = config.dtype != "float32" and not config.autocast and not config.train.pure_bf16
     return max(config.train.zero_stage, 1) if needs_copies else config.train.zero_stage
 
@@ -47,7 +47,7 @@ def deepspeed_settings(config: Config, workers: int) -> dict[str, Any]:
         "zero_optimization": {"stage": zero_stage(config), **_sub_groups(config), **_offload(config)},
         # If DeepSpeed's CPU optimizer cannot be compiled, an offloaded step uses torch's.
         "zero_force_ds_cpu_optimizer": False,
-        # The config refuses the optimizers that ZeRO would make wrong.
+        # The config refuses the optimizers that ZeRO would break.
         "zero_allow_untested_optimizer": True,
         # Our step line has the same information.
         "steps_per_print": 2**31,
@@ -60,8 +60,8 @@ def deepspeed_settings(config: Config, workers: int) -> dict[str, Any]:
 
 
 def sums_in_float32(config: Config) -> bool:
-    """Return True if gradients of 16 bits are added up in float32, as one worker adds up those of all tokens of a row; DeepSpeed
-    alone rounds each sum of two workers to 16 bits."""
+    """Return True if 16-bit gradients are summed in float32, as one worker sums those of all tokens of a row; on its own,
+    DeepSpeed rounds each sum of two workers to 16 bits."""
     given = given_settings(config).get(SUMS, "auto")
     return config.scaling.sequence_parallel > 1 and config.weight_dtype != "float32" and given in ("auto", "fp32")
 
@@ -79,7 +79,7 @@ def _bf16(config: Config) -> dict[str, bool]:
 def _sizes(config: Config, workers: int) -> dict[str, int]:
     """Batch sizes and accumulation; empty while ``train.global_batch_size`` is auto and the data is not known yet.
 
-    DeepSpeed counts rows of each worker, also where several share them.
+    DeepSpeed counts the rows of each worker, even where several share them.
     """
     if config.train.global_batch_size == "auto":
         return {}
@@ -94,7 +94,7 @@ def _sizes(config: Config, workers: int) -> dict[str, int]:
 
 
 def _sub_groups(config: Config) -> dict[str, int]:
-    """Have ZeRO-3 update all of a group at once where the optimizer may count the steps in the group."""
+    """Have ZeRO-3 update a whole group at once where the optimizer may count steps per group."""
     return (
         {"sub_group_size": LARGEST_SUB_GROUP}
         if config.train.zero_stage == 3 and config.train.optimizer != "adamw"

@@ -1,7 +1,7 @@
 """The private parts of DeepSpeed that raysft uses, in one place; ``tests/contracts/test_deepspeed.py`` checks that they exist.
 
 ZeRO 1, 2 and 3 each keep their own names for the flat float32 tensors that the optimizer updates and for the pieces of parameters
-in them. ``trained_pieces`` and ``optimized_tensors`` give one view of all.
+in them. ``trained_pieces`` and ``optimized_tensors`` give one view of all three.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ class TrainedPiece(NamedTuple):
 
 def use_gloo_allreduce() -> None:
     """Keep DeepSpeed from compiling its own all-reduce on CPU nodes: it takes most of a minute, and a compiler, to do what gloo
-    does. To ask DeepSpeed what can be compiled here would start compilers in every worker."""
+    does. Asking DeepSpeed here what can be compiled would start compilers in every worker."""
     import deepspeed
 
     deepspeed.ops.__dict__.setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
 
 
 def numel(parameter: Any) -> int:
-    """Return the number of elements of a whole parameter, of which a worker holds only a part under ZeRO-3."""
+    """Return the number of elements of a whole parameter; under ZeRO-3, a worker holds only a part of it."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
@@ -55,12 +55,12 @@ def keeps_gradient_norm(engine: Any) -> bool:
 
 
 def base_optimizer(engine: Any) -> Any:
-    """Return the torch optimizer inside the one that ZeRO has made of it."""
+    """Return the torch optimizer inside ZeRO's wrapper."""
     return engine.optimizer.optimizer if engine.zero_optimization_stage() else engine.optimizer
 
 
 def loss_scaler(engine: Any) -> Any:
-    """Return the object that scales the loss of a training in float16, or None."""
+    """Return the object that scales the loss of float16 training, or None."""
     return getattr(engine.optimizer, "loss_scaler", None)
 
 
@@ -121,10 +121,10 @@ def is_cpu_adam(optimizer: Any) -> bool:
 
 
 def replay_cpu_adam(optimizer: Any, steps: int) -> None:
-    """Bring the bias correction of DeepSpeed's CPU-Adam to that after ``steps`` steps.
+    """Set the bias correction of DeepSpeed's CPU-Adam to its value after ``steps`` steps.
 
-    It multiplies the powers of its betas up by a factor each step, and nobody can set them; to compute them in another way differs
-    in the last digit.
+    It accumulates the powers of its betas by one factor per step, and they cannot be set; computing them another way differs in
+    the last digit.
     """
     nothing = [torch.zeros(1) for _ in range(4)]
     for step in range(1, steps + 1):

@@ -1,4 +1,4 @@
-"""Time that a device computes, without waiting for it. A GPU works behind the processor, whose clock shows only the launches."""
+"""Time that a device computes, without waiting for it. A GPU lags behind the CPU, whose clock only shows the launches."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class DeviceTimer:
         return event
 
     def seconds(self) -> float:
-        """Return the sum; on a GPU only once it has done the work."""
+        """Return the sum; on a GPU, only once it has finished the work."""
         if self._cuda:
             return sum(start.elapsed_time(end) for start, end in self._blocks) / 1000
         return sum(end - start for start, end in self._blocks)

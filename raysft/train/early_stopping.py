@@ -10,7 +10,7 @@ from raysft.config import TrainSection
 from raysft.train.checkpoint.cursor import EVALUATION, PREDICTION, Best, Cursor
 
 NO_SCORES = ("_low", "_high", "_tokens", "_examples", "_unscored", "_runtime", "_per_second")
-"""Ends of the names of results that are not named as metrics to choose by."""
+"""Suffixes of results that messages do not offer as metrics to choose by."""
 
 
 class MetricMissing(Exception):
@@ -24,7 +24,7 @@ def should_stop(train: TrainSection, best: Best | None) -> bool:
 
 
 def known_best(train: TrainSection, cursor: Cursor, identity: Mapping[str, str]) -> Best | None:
-    """Return the best evaluation of a checkpoint if this training can continue to compare with it, else None.
+    """Return the best evaluation of a checkpoint if this training can continue to compare against it, else None.
 
     It cannot if the values are not comparable, or if the config asks for the best model and that model was not kept.
     """
@@ -54,7 +54,7 @@ def not_comparable(train: TrainSection, cursor: Cursor, identity: Mapping[str, s
 class EarlyStopper:
     """Compares the results of evaluations by ``train.best_metric``.
 
-    They are the same on all workers, since losses are sums over all of them, so that all workers decide alike.
+    They are the same on all workers, since losses are sums over all of them, so all workers decide alike.
     """
 
     def __init__(self, train: TrainSection, keep: Callable[[], None], best: Best | None = None) -> None:
@@ -66,7 +66,7 @@ class EarlyStopper:
         """
         self._train, self._keep = train, keep
         self.best = best
-        """``best.value`` is None as long as no evaluation has given a finite value."""
+        """``best.value`` is None until an evaluation gives a finite value."""
 
     @property
     def active(self) -> bool:
@@ -79,18 +79,18 @@ class EarlyStopper:
         return should_stop(self._train, self.best)
 
     def judges(self, results: Mapping[str, float]) -> bool:
-        """Return True if these results have the metric that decides."""
+        """Return True if these results have the deciding metric."""
         return self.active and self._train.best_metric in results
 
     def update(self, results: Mapping[str, float], step: int) -> None:
-        """Take results after a step, and keep the model if they are the best.
+        """Process the results after a step, and keep the model if they are the best.
 
         Evaluations and predictions of a step may come in one mapping, or one after the other, all before the next optimizer step:
         what is kept is the current model. Every worker calls it with the same results.
 
         Args:
             results: values as ``eval_results.json`` and ``predict_results.json`` name them. Without any result of the kind that
-                the metric belongs to (``eval_…``, ``predict_…``), they are no evaluation: neither better nor worse.
+                the metric belongs to (``eval_…``, ``predict_…``), they do not count as an evaluation: neither better nor worse.
             step: optimizer steps done. A step that was compared before is skipped.
 
         Raises:
@@ -103,7 +103,7 @@ class EarlyStopper:
         nothing = Best(0, 0, {}, math.inf if lowest else -math.inf, 0, self._train.keep_best, metric, lowest)
         value, best = results[metric], self.best or nothing
         if step <= best.seen:
-            return  # seen before: a finished training continues, or writes its model once more
+            return  # seen before: a finished training run continues, or writes its model again
         improved = self._beats(value, best.bar, self._train.early_stopping.threshold)
         since, bar = (0, value) if improved else (best.since + 1, best.bar)
         best = replace(best, since=since, bar=bar, seen=step)

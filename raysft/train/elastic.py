@@ -1,7 +1,7 @@
-"""Scaling policies: how many workers a training has, given the nodes that are alive and ``scaling.num_workers``.
+"""Scaling policies: how many workers a training run has, given the nodes that are alive and ``scaling.num_workers``.
 
-Ray Train's controller asks a policy. Ray's own policies leave no CPU to the data tasks, retry forever when a node is gone
-for good, and restart in the middle of the work when a node is added.
+Ray Train's controller asks a policy. Ray's own policies leave no CPU for the data tasks, retry forever when a node is gone for
+good, and restart in the middle of work when a node is added.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from raysft.train.ray_train_internals import (
 from raysft.train.restarts import cause
 
 GROW_CHECK_SECONDS = 5.0
-"""Least time between two checks whether more workers fit."""
+"""Minimum time between two checks whether more workers fit."""
 ANSWER_SECONDS = 3.0
 """How long a node may take to answer."""
 FEWER_SECONDS = 600.0
 """How long a policy asks for fewer workers after Ray could not place as many as should fit; another job may hold the rest."""
 SETTLE_SECONDS = 25.0
-"""How long Ray, which looks at its nodes every 20 seconds, may take to offer all that they have."""
+"""How long Ray, which checks its nodes every 20 seconds, may take to offer all of their resources."""
 NOTIFY_SECONDS = 60.0
 """Seconds between two messages about waiting for nodes."""
 
@@ -54,7 +54,7 @@ def workers_of(
 
     Args:
         scaling: the section of the config.
-        run: the run directory; its checkpoints tell when growing loses no work.
+        run: the run directory; its checkpoints show when growing loses no work.
         steps: total steps of the training.
         emit: receives ``ControllerStarted``, ``WorkersRestarting``, ``Waiting`` and ``WorkersResized``.
     """
@@ -70,12 +70,12 @@ def workers_of(
 
 
 def live_nodes(data_label: str | None) -> list[Node]:
-    """Return the nodes that answer now and are not being drained.
+    """Return the nodes that respond now and are not being drained.
 
     Args:
-        data_label: of the nodes for data, as ``scaling.data_label``.
+        data_label: of the nodes for data, as in ``scaling.data_label``.
 
-    Ray notices a node's death 15 seconds late, and would wait a whole minute for workers that it placed there.
+    Ray notices a node's death 15 seconds late, and would wait a full minute for workers that it placed there.
     """
     draining = draining_nodes()
     nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
@@ -112,10 +112,10 @@ class _BoundedWait:
         self._waiting_since: float | None = None
         self._notified = float("-inf")
         self._restarting = False
-        """True once workers have failed, or their node went: a training that waits for others continues from its checkpoint."""
+        """True once workers have failed or lost their node: a training run that waits for others continues from its checkpoint."""
 
     def max_workers(self) -> int:
-        """Number of workers, in whole groups, that fit on the live nodes beside the data tasks."""
+        """Number of workers, in whole groups, that fit on the live nodes alongside the data tasks."""
         scaling = self.scaling
         return scaling.whole_groups(
             max_workers(live_nodes(scaling.data_label), scaling.cpus_per_worker, scaling.use_gpu)
@@ -142,7 +142,7 @@ class _BoundedWait:
 
         Raises:
             RunFailed: ``scaling.wait_minutes`` have passed.
-            RunStopped: they have, and the training has begun.
+            RunStopped: they have, and the training has already begun.
         """
         now, needed = time.monotonic(), self.scaling.fewest_workers
         self._waiting_since = now if self._waiting_since is None else self._waiting_since
@@ -195,10 +195,10 @@ class _Elastic(_BoundedWait, ElasticScalingPolicy):
     _requested = 0
     """Number of workers of the last start."""
     _limit: tuple[float, int] = (float("-inf"), 0)
-    """(time, workers): until that time the policy asks for at most so many workers."""
+    """(time, workers): until that time the policy asks for at most this many workers."""
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
-        """Ask for one worker fewer, or one group, if Ray could not place them all."""
+        """Ask for one worker or group fewer if Ray could not place them all."""
         super().after_controller_state_update(previous_state, current_state)
         error = getattr(current_state, "training_failed_error", None)
         placed = isinstance(getattr(error, "controller_failure", None), ProcessGroupFailed)
@@ -209,7 +209,7 @@ class _Elastic(_BoundedWait, ElasticScalingPolicy):
     def _count_possible_workers(self, reserved_resources: Any) -> int:
         cpus, gpus = self.scaling.cpus_per_worker, float(self.scaling.use_gpu)
         reserved = sum(Node.of(resources).capacity(cpus, gpus) for resources in reserved_resources.values())
-        # Ray may count a dead node for some seconds more, and leaves nothing to data tasks.
+        # Ray may count a dead node for a few seconds more, and leaves nothing for data tasks.
         return min(self.scaling.whole_groups(reserved), self._most_now())
 
     def _most_now(self) -> int:
@@ -235,7 +235,7 @@ class _Elastic(_BoundedWait, ElasticScalingPolicy):
         """Grow after a checkpoint. Live workers are never removed."""
         self._maybe_send_resource_request()
         now = time.monotonic()
-        # At the maximum there is nothing to check for, and a check asks each node.
+        # At the maximum there is nothing to check for, and a check queries each node.
         if now - self._checked < GROW_CHECK_SECONDS or worker_group_state.num_workers >= self.scaling.most_workers:
             return NoopDecision()
         self._checked = now

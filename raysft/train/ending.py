@@ -1,4 +1,4 @@
-"""How one worker's training ends: with the trained model, or before, with a checkpoint to continue from."""
+"""How one worker's training ends: with the trained model, or early, with a checkpoint to continue from."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from raysft.train.watched_write import Watch, watched
 
 
 class Ending:
-    """Ends a training. All workers call its methods together."""
+    """Ends a training run. All workers call its methods together."""
 
     def __init__(
         self,
@@ -34,18 +34,18 @@ class Ending:
     ) -> None:
         """
         Args:
-            training: which ends.
+            training: the one that ends.
             assessment: of the last model.
             stopper: knows the best model.
             checkpoints: saves the last one.
-            trigger: knows what this worker is asked for, and which checkpoints stay.
+            trigger: knows what this worker is asked to do, and which checkpoints stay.
             exporter: writes the trained model.
         """
         self._training, self._assessment, self._stopper = training, assessment, stopper
         self._checkpoints, self._trigger, self._exporter = checkpoints, trigger, exporter
 
     def finish(self, cursor: Cursor) -> None:
-        """Evaluate, save the last checkpoint, write the model, and report the results; nothing of it if it is to stop meanwhile."""
+        """Evaluate, save the last checkpoint, write the model, and report the results, unless asked to stop meanwhile."""
         training, steps = self._training, self._training.row_plan.steps
         results: dict[str, Any] = training_results(training.row_plan, cursor, training.model)
         early = cursor.step < steps
@@ -58,14 +58,14 @@ class Ending:
             training.stop_as_asked()
             return
         if training.job.config.train.saves_on_schedule and cursor.step > training.first_step:
-            self._checkpoints.save(cursor)  # a longer training that resumes here must know the last evaluation
+            self._checkpoints.save(cursor)  # a longer training run that resumes here must know the last evaluation
         elif averages(training.engine):
-            self._save(cursor)  # while the model is written, the weights are not those that are trained
+            self._save(cursor)  # while the model is written, the weights are not the ones being trained
         evaluation = self._write_model(cursor, results)
         training.emit(TrainingEnded(results, evaluation))
 
     def _write_model(self, cursor: Cursor, results: dict[str, Any]) -> dict[str, float]:
-        """Write the trained model, and add to the results which one is the best; returns the evaluation of what was written."""
+        """Write the trained model, and add to the results which model is the best; returns the evaluation of what was written."""
         training, best = self._training, self._stopper.best
         watch: Watch = partial(
             watched, asked=self._trigger.stops, react=partial(self._save, cursor), device=training.device
@@ -80,13 +80,13 @@ class Ending:
         return self._assessment.eval_results
 
     def _save(self, cursor: Cursor) -> None:
-        """Save the end of the training while its model is written."""
+        """Save the final state of the training while its model is written."""
         if self._checkpoints.is_unsaved(cursor):
             self._checkpoints.save(replace(cursor, temporary=True))
             self._training.phases.enter("export")
 
     def stop(self, cursor: Cursor) -> None:
-        """End before the end, with a checkpoint to continue from."""
+        """End early, with a checkpoint to continue from."""
         if self._checkpoints.is_unsaved(cursor):
             unevaluated = self._assessment.is_lacking(cursor)
             kept = self._trigger.is_scheduled(cursor.step) and not unevaluated

@@ -70,7 +70,7 @@ def make_engine(
     # DeepSpeed must adopt the existing process group before ZeRO-3 partitions weights over it.
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
     settings = deepspeed_settings(config, workers)
-    # While this object lives, from_pretrained partitions weights as it loads them, instead of loading all of them on each worker.
+    # While this object exists, from_pretrained partitions weights as it loads them, instead of loading all of them on each worker.
     # Quantized ones are partitioned when the engine is made: bitsandbytes packs whole weights.
     partitions = config.train.zero_stage == 3 and config.model.quantization is None
     partitioning = HfDeepSpeedConfig(settings) if partitions else None
@@ -127,11 +127,11 @@ def _loss_model(
         move_experts(trained, config)
     if zero3:
         gather_whole(model, layers_of(trained) if config.train.compile else ())
-        if getattr(without_adapters(trained), "is_loaded_in_4bit", False):  # here, or by whoever made the checkpoint
+        if getattr(without_adapters(trained), "is_loaded_in_4bit", False):  # here, or by the author of the checkpoint
             release_after_forward(model)
     else:
         model.to(device)
-        # A reference computes without gradients, and so without fused layers, which round in another way.
+        # A reference computes without gradients, and so without fused layers, which round differently.
         plain = config.train.compile or objective.has_reference
         if device.type == "cpu" and config.dtype == "float32" and not plain:
             fuse_layers(model.model)
@@ -143,8 +143,9 @@ def _loss_model(
 def gather_whole(model: TokenLoss, compiled: Sequence[torch.nn.Module] = ()) -> None:
     """Make ZeRO-3 gather experts with their adapters, and torch's own attention (as at the end of SigLIP), as one module each.
 
-    They compute with weights of modules inside that they do not call, and ZeRO-3 gathers only modules that are called. So it does
-    with a list of experts, as the code of some models has: workers whose tokens go to other experts would wait for each other.
+    They compute with weights of inner modules that they do not call, and ZeRO-3 gathers only modules that are called. It does
+    the same with a list of experts, as in the code of some models: workers whose tokens go to different experts would wait for each
+    other.
 
     Args:
         model: the model with its loss.
@@ -161,10 +162,10 @@ def gather_whole(model: TokenLoss, compiled: Sequence[torch.nn.Module] = ()) -> 
 
 
 def _reach_inputs_of_whole(model: TokenLoss) -> None:
-    """Let the inputs of modules that ZeRO-3 gathers whole have gradients, also where nothing before them is trained.
+    """Let the inputs of modules that ZeRO-3 gathers whole have gradients, even where nothing before them is trained.
 
-    DeepSpeed takes a module's gradients and releases its weights when these are there; without them it does so too early. The
-    blocks of some mixtures it gathers whole without being asked.
+    DeepSpeed takes a module's gradients and releases its weights when the input gradients arrive; without them it does so too
+    early. It gathers the blocks of some mixtures of experts whole without being asked.
     """
     for module in model.modules():
         if deepspeed.utils.z3_leaf_module(module) and any(each.requires_grad for each in module.parameters()):

@@ -1,4 +1,4 @@
-"""The model of an evaluation without a training: no optimizer, no gradients, and under ZeRO-3 a part of its weights per worker."""
+"""The model of an evaluation without training: no optimizer, no gradients, and under ZeRO-3 a part of its weights per worker."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def evaluated_model(
         group: the workers that have the same rows.
 
     Returns:
-        ``TokenLoss``, or with ZeRO-3 the DeepSpeed engine around it, to be called alike.
+        ``TokenLoss``, or with ZeRO-3 the DeepSpeed engine around it, which is called the same way.
 
     Raises:
         RequestError: weights are missing.
@@ -49,7 +49,7 @@ def evaluated_model(
         use_onednn()
     folder = model_copy(job.model)
     hf_config = AutoConfig.from_pretrained(adapter_base(folder) or folder, trust_remote_code=job.runs_code)
-    # Quantized weights cannot be partitioned; each worker has them all.
+    # Quantized weights cannot be partitioned; each worker has all of them.
     partitions = job.config.train.zero_stage == 3 and not (job.config.model.quantization or method_of(hf_config))
     model: Any = _partitioned(job, folder, workers, group) if partitions else _whole(job, folder, device)
     model.eval()
@@ -66,7 +66,7 @@ def _whole(job: EvaluationJob, folder: Any, device: torch.device) -> TokenLoss:
         move_experts(loaded, job.config)
     model = TokenLoss(loaded).to(device)
     if not job.config.autocast:
-        # Adapters are loaded in float32 whatever their base has; an engine trains them in the type of the others.
+        # Adapters are loaded in float32 regardless of their base; an engine trains them in the data type of the other weights.
         for parameter in exact_parameters(model):
             parameter.data = parameter.data.to(getattr(torch, job.config.dtype))
     return model.requires_grad_(False)
@@ -78,7 +78,7 @@ def _partitioned(job: EvaluationJob, folder: Any, workers: int, group: SequenceG
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
     config = _without_training(job.config, workers)
     settings = deepspeed_settings(config, workers)
-    # While this object lives, from_pretrained partitions weights as it loads them.
+    # While this object exists, from_pretrained partitions weights as it loads them.
     partitioning = HfDeepSpeedConfig(settings)
     loaded = load_trained(config, folder, job.runs_code)
     most = group.slice_tokens(config.micro_batch_size * config.data.sequence_length)
@@ -90,6 +90,6 @@ def _partitioned(job: EvaluationJob, folder: Any, workers: int, group: SequenceG
 
 
 def _without_training(config: Config, workers: int) -> Config:
-    """Replace what only a training has: its batch size, and an optimizer to offload."""
+    """Replace what only training has: its batch size, and an optimizer to offload."""
     rows = config.micro_batch_size * workers // config.scaling.sequence_parallel
     return with_overrides(config, {"train.global_batch_size": rows, "train.offload.optimizer": "none"})

@@ -19,7 +19,7 @@ from raysft.train.sequence_group import ALONE, SequenceGroup
 from raysft.train.step import microbatches
 
 LOOK_SECONDS, LOOK_BATCHES = 1.0, 64
-"""About how many seconds, and at most how many batches of an evaluation lie between two looks for a request to stop."""
+"""About how many seconds, and at most how many batches of an evaluation, pass between two checks for a request to stop."""
 
 
 class EvaluationStopped(Exception):
@@ -42,7 +42,7 @@ def evaluate(
 ) -> Evaluation:
     """Compute loss and accuracy on an evaluation set, exactly over all workers: sums are reduced, then divided once.
 
-    All loss tokens count the same, whatever their weight in training.
+    All loss tokens count the same, regardless of their weight in training.
 
     Args:
         model: ``TokenLoss``, or the engine around it.
@@ -51,9 +51,9 @@ def evaluate(
         batches: this worker's rows; all workers have the same number of batches.
         rows: rows per microbatch.
         device: where the model is.
-        stops: True if this worker was asked to stop. All workers share that about once a second. Default: none is ever asked.
+        stops: True if this worker was asked to stop. All workers share this about once a second. Default: never asked.
         examples: how many the set has, for their number per second.
-        images: makes the pixels of images; None if there are none in the data.
+        images: makes the pixels of images; None if the data has none.
         source: ``RowSource`` of the set, if there are images.
         group: the workers that have the same rows.
 
@@ -105,7 +105,7 @@ def _evaluated(
 class _Looks:
     """Share between batches whether a worker was asked to stop, about once a second: each time costs a collective.
 
-    The first worker's time for a batch decides on the distance, so that all workers look before the same batches.
+    The first worker's time for a batch determines the interval, so that all workers check before the same batches.
     """
 
     def __init__(self, stops: Callable[[], bool], device: torch.device) -> None:

@@ -50,10 +50,10 @@ class Evaluator:
         self._phases = phases
         self._row_plan: RowPlan = job.train_rows.row_plan
         self.seen: int | None = None
-        """The step after which it was evaluated last."""
+        """The step after which it last evaluated."""
 
     def __call__(self, engine: Any, cursor: Cursor, first: FirstEvaluation | None = None) -> dict[str, float]:
-        """Evaluate all sets but those known from ``first``, log and return the results.
+        """Evaluate all sets except those known from ``first``, log and return the results.
 
         Raises:
             EvaluationStopped: a worker was asked to stop; raised by all workers alike, and nothing is logged.
@@ -86,12 +86,12 @@ class Evaluator:
         return results
 
     def known(self, cursor: Cursor) -> dict[str, float]:
-        """Return the results of an evaluation after the cursor's step that its checkpoint's log has; empty if it has none.
+        """Return the results that the checkpoint's log has of an evaluation after the cursor's step; empty if it has none.
 
-        A training that ended before its model was written need not evaluate it again.
+        A training run that ended before its model was written need not evaluate it again.
         """
         if cursor.identity.get(EVALUATION) != self._job.identity.get(EVALUATION):
-            return {}  # other sets are evaluated now
+            return {}  # different sets are evaluated now
         record = next((each for each in reversed(self._log) if "eval_loss" in each), {})
         if record.get("current_steps") != cursor.step:
             return {}

@@ -36,7 +36,7 @@ SEND_SECONDS = 10
 POLL_SECONDS = 10
 """How long the driver waits for an event at a time; polling more often takes CPU from the workers on a small machine."""
 LAST_EVENT_SECONDS = 60
-"""How long the driver waits for the workers' last event after they finished."""
+"""How long the driver waits for the workers' last event after they finish."""
 INTERRUPT_SECONDS = 30
 """How long the driver waits for the event being handled after Ctrl-C."""
 
@@ -47,11 +47,11 @@ class PermanentFailure:
 
     error: RequestError | RunFailed
     alone: bool = False
-    """True if the other workers do not know of it, and wait for this one."""
+    """True if the other workers do not know of it, and are waiting for this one."""
 
 
 Message = Event | PermanentFailure | ControllerStarted | GenerationDue | EngineAlive
-"""What the workers and the engines of a generation send to the driver."""
+"""What the workers and the generation engines send to the driver."""
 
 
 def emitter(mailbox: Mailbox, worker: str = "") -> Callable[[Message], None]:
@@ -59,7 +59,7 @@ def emitter(mailbox: Mailbox, worker: str = "") -> Callable[[Message], None]:
 
     Args:
         mailbox: of the training.
-        worker: the name of the worker that sends, for messages that do not tell it themselves.
+        worker: the name of the sending worker, for messages that do not say it themselves.
     """
 
     def emit(message: Message) -> None:
@@ -101,9 +101,9 @@ class EventPump:
         Args:
             mailbox: where the workers send events, and which carries a request to stop to them.
             handle: handles each event in this process.
-            controller: stops the workers when ``handle`` fails; it is told the actor handle.
-            silent_minutes: without a message after which the workers count as lost. Workers that train send signs of life. Default:
-                wait for ever.
+            controller: stops the workers when ``handle`` fails; it is given the actor handle.
+            silent_minutes: after this long without a message, the workers count as lost. Training workers send signs of life.
+                Default: wait forever.
             generator: generates with the models of steps.
         """
         self._generator = generator
@@ -115,10 +115,10 @@ class EventPump:
         self._end: TrainingEnded | None = None
         self._failure: RequestError | RunFailed | RunStopped | None = None
         self._set_up = False
-        """True once the workers loaded the model. Before that they hold nothing that must be written."""
+        """True once the workers loaded the model. Before that they hold nothing that needs to be written."""
         self._stop: StopRequest | None = None
         self.stopped_after: int | None = None
-        """The step after which the workers stopped before their end."""
+        """The step after which the workers stopped early."""
 
     def __enter__(self) -> EventPump:
         self._closing = threading.Event()
@@ -136,7 +136,7 @@ class EventPump:
         self._mailbox.close()
 
     def stop(self, request: StopRequest) -> None:
-        """Ask the workers to save a checkpoint and end; end them at once while they hold nothing that must be written."""
+        """Ask the workers to save a checkpoint and end; end them at once if they hold nothing that needs to be written."""
         self._stop = request
         self._mailbox.stop(request.reason)
         if not self._set_up:
@@ -156,7 +156,7 @@ class EventPump:
                 continue
             except RayError:
                 return
-            if not isinstance(message, EngineAlive):  # which says nothing of the workers
+            if not isinstance(message, EngineAlive):  # which says nothing about the workers
                 self._heard = time.monotonic()
             if message is None or not self._take(message):
                 return
@@ -172,8 +172,8 @@ class EventPump:
             case PermanentFailure(error, alone):
                 self._failure = error
                 if self._set_up and not alone:
-                    return True  # every worker fails alike
-                # It may concern this worker alone (a corrupt copy on its node), while the others wait in a collective.
+                    return True  # every worker fails the same way
+                # It may concern only this worker (a corrupt copy on its node), while the others wait in a collective.
                 return self._break(error)
             case GenerationDue():
                 if self._generator is not None:
@@ -216,8 +216,8 @@ class EventPump:
         """Wait a bounded time for the last event.
 
         Raises:
-            RunFailed: it did not arrive; or a worker's, the log's or a callback's own error.
-            RunStopped: the training was stopped before its end.
+            RunFailed: it did not arrive; or the error of a worker, the log or a callback.
+            RunStopped: the training was stopped early.
         """
         limit = time.monotonic() + LAST_EVENT_SECONDS
         while self._end is None or self.broken is not None:
@@ -228,5 +228,5 @@ class EventPump:
             if time.monotonic() > limit or not self._thread.is_alive():
                 raise RunFailed(f"the workers finished, but their results did not reach the driver; {RESUME}")
             time.sleep(0.05)
-        self._silent_minutes = None  # there are no workers any more; predictions may still be made, for hours
+        self._silent_minutes = None  # the workers are gone; predictions may still be made, for hours
         return self._end

@@ -1,4 +1,4 @@
-"""Export: the trained model, in the form that transformers and peft load."""
+"""Export: the trained model, in the format that transformers and peft load."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Weights = dict[str, torch.Tensor]
 
 
 class Exporter:
-    """Writes a run's trained model and, during training, its best model so far. All workers call it, the first one writes.
+    """Writes a run's trained model and, during training, its best model so far. All workers call it; the first one writes.
 
     Args:
         run: the run directory.
@@ -51,7 +51,7 @@ class Exporter:
     def confirm_best(self, best: Best | None) -> Best | None:
         """Return a checkpoint's best evaluation if its model still exists, else None; the same on all workers.
 
-        The model is missing if its machine died before the upload ended, or if a later best model replaced it before the
+        The model is missing if its machine died before the upload finished, or if a later best model replaced it before the
         training resumed from that checkpoint.
         """
         if best is None or best.value is None:
@@ -81,10 +81,10 @@ class Exporter:
             raise failure
 
     def save_snapshot(self, folder: StoragePath, model: Any, tokenizer: Any) -> RunFailed | None:
-        """Write the current model somewhere else, without a trace in the training; returns on all workers why it cannot be."""
+        """Write the current model elsewhere, without affecting the training; returns on all workers why that failed."""
 
         def write(weights: Weights) -> None:
-            # peft loads an adapter anew to convert PiSSA.
+            # peft reloads an adapter to convert PiSSA.
             with torch.random.fork_rng(devices=list({p.device for p in model.parameters() if p.is_cuda})):
                 export(model, weights, tokenizer, folder, self._ends)
 
@@ -101,7 +101,7 @@ class Exporter:
                 self._discard_draft()
                 self._upload = threading.Thread(target=self._upload_best, name="best model", daemon=True)
                 self._upload.start()
-            self._best = step, draft  # if an upload is running, it takes this one next
+            self._best = step, draft  # a running upload takes this one next
         return None
 
     def write(self, model: Any, tokenizer: Any, watch: Watch) -> None:
@@ -144,7 +144,7 @@ class Exporter:
         self._discard_draft()
 
     def _upload_best(self) -> None:
-        """Upload the best model, then any that became the best meanwhile."""
+        """Upload the best model, then any that became the best in the meantime."""
         sent: tuple[int, Path] | None = None
         while True:
             with self._lock:
@@ -162,7 +162,7 @@ class Exporter:
                 self._emit(Waiting(f"the best model stays on this node until the end of training: {error}"))
 
     def _best_folder(self, step: int) -> StoragePath:
-        """Folder of the best model from a step. It carries the step, so that a checkpoint never takes another model for its
+        """Folder of the best model from a step. Its name has the step, so that a checkpoint never takes another model for its
         best one."""
         return self._run.best / str(step)
 
@@ -206,7 +206,7 @@ def _write_errors() -> Iterator[None]:
         yield
     except StorageFailed as error:
         raise RunFailed(f"cannot write the model: {error}; run the same command to try again") from error
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error type
         raise RunFailed(
             f"cannot write the model ({reason_of(error)}); fix that, then resume with the same command"
         ) from error
@@ -270,7 +270,7 @@ def save(model: Any, weights: Weights, tokenizer: Any, folder: Path, ends: Seque
         if generation := getattr(model.get_base_model(), "generation_config", None):
             generation.to_json_file(folder / "generation_config.json")
     else:
-        # Some mixture-of-experts models keep the state of their load balancing in persistent buffers.
+        # Some mixture-of-experts models keep their load-balancing state in persistent buffers.
         persistent = model.state_dict().keys()
         buffers = {name: buffer.cpu().clone() for name, buffer in model.named_buffers() if name in persistent}
         model.config.use_cache = True

@@ -1,4 +1,4 @@
-"""Errors of a worker's own code, told from those of machines, network and storage. Imports Ray only when there is an error."""
+"""Errors of a worker's own code, distinguished from those of machines, network and storage. Imports Ray only on an error."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from raysft.train.checkpoint.catalog import CorruptCheckpoint
 INFRASTRUCTURE_SIGNS = (
     "gloo", "nccl", "connection closed", "connection reset", "connection refused", "broken pipe", "timed out", "ecc error",
 )  # fmt: skip
-"""Words in the messages of errors that come from the network or from failing hardware; torch has no types for all of them."""
+"""Words in the messages of errors that come from the network or from failing hardware; torch lacks types for some."""
 
 
 class BadImage(RunFailed):
-    """An image cannot be used, which the worker that needs it finds out alone."""
+    """An image cannot be used; only the worker that needs it finds out."""
 
 
 class Fault(RuntimeError):
-    """An error in a worker's own code, and the moment of the training at which it was raised.
+    """An error in a worker's own code, and the point in the training at which it was raised.
 
-    Network, machine and storage failures are not faults: they may be gone after a restart.
+    Network, machine and storage failures are not faults: a restart may fix them.
     """
 
     def __init__(self, moment: str, kind: str, place: str, line: str, rows: str) -> None:
@@ -36,7 +36,7 @@ class Fault(RuntimeError):
         """True if a fault with this signature was raised before."""
 
     def __str__(self) -> str:
-        """The error, the rows that it concerns, and the remedy if it ended the run."""
+        """The error, the rows concerned, and the remedy if it ended the run."""
         shown = self.line + (f"; {self.rows}" if self.rows else "")
         if not self.repeated:
             return shown
@@ -51,7 +51,7 @@ def faults_of(rank: int, moment: Callable[[], str], rows: Callable[[], str]) -> 
     Args:
         rank: of this worker.
         moment: returns what the worker is doing, for messages: ``step 4``.
-        rows: returns the rows that it is working on and their records; empty if it works on none.
+        rows: returns the rows that it is working on and their records; empty if there are none.
     """
     try:
         yield

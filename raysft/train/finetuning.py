@@ -1,4 +1,4 @@
-"""The model to train: loaded in its dtype, with the layers frozen or the adapters added that the config asks for."""
+"""The model to train: loaded in its dtype, with layers frozen or adapters added as the config asks."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def load_model(config: Config, path: str, device: torch.device | None = None, ad
     folder = model_copy(path)
     model = _prepared(load_weights(folder, **_options(config, folder, device, config.model.runs_code)), config)
     choose_weights(model, config)
-    model.name_or_path = base_name(path)[0]  # adapters name it as their base: not this node's copy
+    model.name_or_path = base_name(path)[0]  # adapters name this as their base, not this node's copy
     if config.model.adapter is not None:
         model = _with_adapter(model, config, path, adapter)
     if config.train.gradient_checkpointing:
@@ -61,7 +61,7 @@ def load_model(config: Config, path: str, device: torch.device | None = None, ad
 
 
 def load_frozen(config: Config, path: str, device: torch.device | None = None) -> Any:
-    """Load a model that is not trained, or an adapter with its base, to compute beside the one that is, as it does.
+    """Load a model that is not trained, or an adapter with its base, to compute alongside the trained one, in the same way.
 
     Args:
         config: the run's config.
@@ -89,7 +89,7 @@ def _options(
         folder: of the model or the adapter.
         device: where quantized weights go. Default: CPU.
         runs_code: True if code that comes with it may run.
-        trains: False if it computes in evaluations alone, where ZeRO-3 does not partition quantized weights.
+        trains: False if it computes only in evaluations, where ZeRO-3 does not partition quantized weights.
     """
     device = device or "cpu"
     check_kernel(config, torch.device(device))
@@ -106,7 +106,7 @@ def _options(
 
 
 def _use_attention(model: Any, config: Config) -> None:
-    """Make a model compute attention as the config asks for, beyond the kernel that it was loaded with."""
+    """Make a model compute attention as the config asks, beyond the kernel that it was loaded with."""
     if config.scaling.sequence_parallel > 1:
         use_sequence(model, config)
     else:
@@ -114,7 +114,7 @@ def _use_attention(model: Any, config: Config) -> None:
 
 
 def _prepared(model: Any, config: Config) -> Any:
-    """Make a transformers model compute on packed rows, alike in each forward pass."""
+    """Make a transformers model compute on packed rows, the same way in each forward pass."""
     model.config.use_cache = False
     _use_attention(model, config)
     keep_layout(model)
@@ -127,7 +127,7 @@ def _prepared(model: Any, config: Config) -> Any:
 def _disable_layerdrop(model: nn.Module) -> None:
     """Set LayerDrop to 0; some old models (OPT, XGLM) set it in their config.
 
-    Each worker would skip other layers, so that they would wait for each other, or sum gradients of different weights.
+    Each worker would skip different layers, so they would wait for each other, or sum gradients of different weights.
     ``check_model`` notifies the user.
     """
     for module in model.modules():
@@ -163,12 +163,12 @@ def check_names(model: nn.Module, config: Config) -> None:
 
 
 def _experts(modules: Collection[str]) -> str:
-    """What to name in place of single experts, and of their matrices, which are not modules in most models."""
+    """What to name instead of single experts and their matrices, which are not modules in most models."""
     return " (experts for all expert weights)" if any(name.endswith(f".{EXPERTS}") for name in modules) else ""
 
 
 def _check_vocabulary(model: Any, config: Config, section: Any) -> None:
-    """Refuse an adapter on the embedding or the output head, if new tokens have them trained in full."""
+    """Refuse an adapter on the embedding or the output head if they are trained in full for new tokens."""
     for name in vocabulary_modules(model, config):
         for target in () if section.target == "all" else section.target:
             if f".{name}".endswith(f".{target}"):
@@ -210,7 +210,7 @@ def _check_pissa(model: nn.Module, config: Config) -> None:
 
 
 def _check_adapter(model: Any, config: Config, section: Any) -> None:
-    """Refuse what peft refuses, by adding the adapter to this model, which has no weights."""
+    """Refuse what peft refuses, by adding the adapter to this weightless model."""
     kind, lora = config.model.finetuning, config.model.lora
     adapter_config = peft_config(model, config, model.name_or_path)
     if kind == "lora":
@@ -242,7 +242,7 @@ def _with_adapter(model: Any, config: Config, path: str, adapter: str | None) ->
     if adapter is not None:
         model = load_adapter(model, model_copy(adapter), is_trainable=True)
         _check_parts(model, config, adapter)
-        # Whatever base it names, this is the one that it is trained on and must be loaded with.
+        # This is the base that it is trained on and must be loaded with, even if it names another.
         adapter_config = model.peft_config["default"]
         adapter_config.base_model_name_or_path, adapter_config.revision = base_name(path)
     else:
@@ -258,7 +258,7 @@ def _with_adapter(model: Any, config: Config, path: str, adapter: str | None) ->
 
 
 def _check_parts(model: Any, config: Config, adapter: str) -> None:
-    """Refuse an adapter that trains other parts than the config says: it keeps its form."""
+    """Refuse an adapter that trains parts other than the config says: an existing adapter keeps its form."""
     base = model.get_base_model()
     part = part_of(base)
     trains = {part(name) for name, weight in base.named_parameters() if weight.requires_grad}
@@ -286,7 +286,7 @@ def _use_liger(model: Any) -> None:
 
 
 def load_trained(config: Config, location: StoragePath | Path, runs_code: bool | None = None) -> Any:
-    """Load a model, or an adapter with its base, for evaluation, as the evaluations during a training have it.
+    """Load a model, or an adapter with its base, for evaluation, as evaluations during training have it.
 
     Args:
         config: the run's config.

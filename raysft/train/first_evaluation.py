@@ -1,7 +1,7 @@
-"""The evaluation before the first step. The cache keeps it: later runs and the trials of a sweep often start with the same model.
+"""The evaluation before the first step. It is cached: later runs and the trials of a sweep often start with the same model.
 
-It is kept for each set under a hash of everything that may change its last bit: model, rows, settings and the workers' machines.
-So a number that is taken from the cache is the one that this run would compute.
+It is cached for each set under a hash of everything that may change its last bit: model, rows, settings and the workers'
+machines. So a number taken from the cache is the one that this run would compute.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from raysft.train.job import TrainJob
 from raysft.train.machine import describe_machine
 
 FAILURES = (OSError, ValueError, TypeError, KeyError, StorageFailed)
-"""What a missing or damaged file, or a storage that fails, may raise."""
+"""What a missing or damaged file, or failing storage, may raise."""
 
 
 @dataclass(frozen=True)
 class FirstEvaluation:
-    """What the cache knows of the evaluation that is due, the same for all workers, and where to keep the rest."""
+    """What the cache has of the evaluation that is due, the same for all workers, and where to store the rest."""
 
     known: dict[str, Evaluation]
     """Evaluation set → its evaluation, from the cache."""
     files: dict[str, StoragePath]
-    """Evaluation set → its file in the cache; empty on all workers but the first, and if nothing is to be kept."""
+    """Evaluation set → its file in the cache; empty on all workers but the first, and if nothing is to be stored."""
 
     @classmethod
     def find(cls, job: TrainJob, device: torch.device) -> FirstEvaluation:
@@ -62,7 +62,7 @@ class FirstEvaluation:
         return cls(found[0], files)
 
     def keep(self, evaluations: Sequence[Evaluation]) -> str:
-        """Write those that the cache lacks; a failure to do so ends nothing.
+        """Write those that the cache lacks; failing to do so does not end the run.
 
         Returns:
             A note for the log; empty if all were computed and kept.
@@ -81,7 +81,7 @@ class FirstEvaluation:
 def _worker(device: torch.device) -> tuple[str, str] | None:
     """Describe this worker: its host, and a hash of its machine and code.
 
-    None if they are not known. No failure may end this worker: the others would wait for it.
+    None if they are unknown. No failure may end this worker: the others would wait for it.
     """
     try:
         machine = describe_machine(device)
@@ -93,7 +93,7 @@ def _worker(device: torch.device) -> tuple[str, str] | None:
 
 
 def _files(job: TrainJob, folder: StoragePath, workers: Sequence[tuple[str, str]]) -> dict[str, StoragePath]:
-    """Name the file of each set; none if the content of the model is not known.
+    """Name the file of each set; none if the content of the model is unknown.
 
     Args:
         job: the training.
@@ -107,7 +107,7 @@ def _files(job: TrainJob, folder: StoragePath, workers: Sequence[tuple[str, str]
             "adapter": job.adapter and exact_fingerprint(job.adapter),
             "settings": job.config.evaluation_keys(),
             "deepspeed": given_settings(job.config),
-            # In which order sums are made depends on which workers share a host.
+            # The order of summation depends on which workers share a host.
             "workers": [(hosts.index(host), machine) for host, machine in workers],
         }
         return {
@@ -132,7 +132,7 @@ def _read(name: str, file: StoragePath) -> Evaluation | None:
 
 
 def _write(evaluation: Evaluation, file: StoragePath) -> None:
-    if not math.isfinite(evaluation.loss):  # perhaps by a fault of the machine
+    if not math.isfinite(evaluation.loss):  # perhaps because of a machine fault
         return
     values = {"loss": evaluation.loss, "accuracy": evaluation.accuracy, "tokens": evaluation.tokens}
     with retry_for(0):
@@ -140,5 +140,5 @@ def _write(evaluation: Evaluation, file: StoragePath) -> None:
 
 
 def _hash(value: Any) -> str:
-    """Hash what JSON can hold; its numbers are read back as they were written, to the last bit."""
+    """Hash what JSON can hold; its numbers are read back exactly as written, to the last bit."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]

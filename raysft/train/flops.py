@@ -35,7 +35,7 @@ PEAKS = {
 """Part of a device's name → dense 16-bit FLOP/s from its data sheet; the first match counts."""
 CHOSEN_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-"""Names in models' configs for the experts of a token, and of a layer."""
+"""Names in models' configs for the number of experts per token, and per layer."""
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -51,7 +51,7 @@ def model_flops(model: Any, tokens: float, squares: float, loss_tokens: float) -
 
     As in Chowdhery et al. 2022 (PaLM, appendix B): 6 per weight and token (2 in forward, 2 for the gradient of the activations,
     and 2 for that of the weight, which frozen weights do not need), and 12 · layers · width per pair of tokens in one example,
-    half of them with a causal mask. The output head is computed for loss tokens only, and each token by some of the experts.
+    half of them with a causal mask. The output head is computed for loss tokens only, and each token uses only some of the experts.
 
     Args:
         model: a transformers model, with or without adapters.
@@ -67,7 +67,7 @@ def model_flops(model: Any, tokens: float, squares: float, loss_tokens: float) -
     body = sum(
         _flops(weight) * (share if "experts" in name.split(".") else 1.0)
         for name, weight in weights_of(model)
-        # peft keeps modules that it trains in full as they were, too, and computes nothing with those.
+        # peft also keeps the originals of modules that it trains in full, and computes nothing with them.
         if weight is not head and weight is not embedding and "original_module" not in name.split(".")
     )
     body += 4.0 * share * elements_of_experts(base)[0]
@@ -78,7 +78,7 @@ def model_flops(model: Any, tokens: float, squares: float, loss_tokens: float) -
 def trainer_flops(model: torch.nn.Module, tokens: int) -> float:
     """Count the FLOPs of a training as a ``Trainer`` does for ``total_flos``: 6 per token and weight outside the embeddings.
 
-    It asks neither which weights are frozen, nor which tokens the head is computed for, nor for attention; ``model_flops`` does.
+    It ignores which weights are frozen, which tokens the head is computed for, and attention; ``model_flops`` does not.
 
     Args:
         model: a transformers model, with or without adapters.
@@ -90,12 +90,12 @@ def trainer_flops(model: torch.nn.Module, tokens: int) -> float:
 
 
 def weights_of(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Yield names and weights of a model, without the adapter that only keeps how the training began."""
+    """Yield names and weights of a model, without the adapter that only records how the training began."""
     return ((name, weight) for name, weight in model.named_parameters() if START not in name.split("."))
 
 
 def _share_of_experts(config: Any) -> float:
-    """Return the share of its experts that a mixture computes each token with; 1 for other models."""
+    """Return the share of its experts that a mixture of experts uses for each token; 1 for other models."""
     chosen = next((value for name in CHOSEN_EXPERTS if (value := getattr(config, name, None))), None)
     experts = next((value for name in EXPERTS if (value := getattr(config, name, None))), None)
     return chosen / experts if isinstance(chosen, int) and isinstance(experts, int) else 1.0
@@ -106,7 +106,7 @@ def _flops(parameter: Any) -> float:
 
 
 def count(parameter: Any) -> int:
-    """Count the weights in a parameter, also if it is quantized or partitioned."""
-    # bitsandbytes keeps two weights of 4 bits in a byte.
+    """Count the weights in a parameter, even if it is quantized or partitioned."""
+    # bitsandbytes stores two 4-bit weights in a byte.
     in_four_bits = type(parameter).__name__ == "Params4bit"
     return numel(parameter) * (2 * parameter.element_size() if in_four_bits else 1)

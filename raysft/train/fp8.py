@@ -12,7 +12,7 @@ from raysft.errors import RequestError
 from raysft.models.attention import without_adapters
 
 MIN_CAPABILITY = (8, 9)
-"""Lowest compute capability of a GPU that multiplies 8-bit floats: Ada; Hopper is (9, 0)."""
+"""Lowest compute capability of GPUs that multiply 8-bit floats: Ada; Hopper is (9, 0)."""
 
 
 def check_fp8(device: torch.device) -> None:
@@ -47,7 +47,7 @@ def use_fp8(model: nn.Module, device: torch.device) -> None:
         convert_to_float8_training,
     )
 
-    # Gradients of weights are sums over tokens, of which GPUs only take multiples of 16, and a microbatch has multiples of 8.
+    # Weight gradients are sums over tokens; GPUs only take multiples of 16 tokens, and a microbatch has multiples of 8.
     settings = replace(Float8LinearConfig.from_recipe_name("rowwise"), pad_inner_dim=True)
     head = without_adapters(model).get_output_embeddings()
     apart = set(head.modules()) if isinstance(head, nn.Module) else set()
@@ -62,6 +62,6 @@ def use_fp8(model: nn.Module, device: torch.device) -> None:
 
 def is_convertible(module: nn.Module) -> bool:
     """Return True for linear layers whose sides are multiples of 16."""
-    # Not by the weight's shape: where ZeRO-3 has partitioned it, that is (0,).
+    # Not judged by the weight's shape: where ZeRO-3 has partitioned it, that is (0,).
     sides = (module.in_features, module.out_features) if isinstance(module, nn.Linear) else ()
     return bool(sides) and not any(side % 16 for side in sides)
