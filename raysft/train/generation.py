@@ -1,7 +1,7 @@
 """Generation during training, as the workers see it: write the model of a step, ask for its predictions, and wait if they must.
 
-The driver generates (``run.step_generation``), by engines that either find room beside the workers or use the devices of workers
-that wait meanwhile. At most one model is generated with at a time, so that models do not pile up.
+The driver generates (``run.step_generation``), by engines that either find room alongside the workers or use the devices of
+workers that wait meanwhile. At most one model generates at a time, so that models do not pile up.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from raysft.train.job import TrainJob
 from raysft.train.phases import Phases
 
 LOOK_SECONDS = 1.0
-"""Time between two looks of workers that wait for predictions; without GPUs news wake them at once."""
+"""Time between two checks by workers that wait for predictions; without GPUs, news wakes them at once."""
 
 
 class StepGenerations:
-    """The generations of one worker's training. All workers call its methods together."""
+    """Generation during one worker's training. All workers call its methods together."""
 
     def __init__(
         self,
@@ -52,20 +52,20 @@ class StepGenerations:
             emit: receives ``GenerationNotice``.
             phases: told what this worker does.
             line: to the driver; None if nobody generates.
-            stopping: a collective: does what was asked of the workers while they wait, and returns True if the training is to end.
+            stopping: a collective: does what was asked of the workers while they wait, and returns True if the training should end.
         """
         self._job, self._exporter, self._device, self._emit = job, exporter, device, emit
         self._phases, self._line, self._stopping = phases, line, stopping
         every = job.config.generate.every_steps if line is not None else None
         self._due = Interval(job.train_rows.row_plan, every, None)
         self._asked: GenerationDue | None = None
-        """The request whose end is not known yet; on the other workers without what only the first one knows."""
+        """The request whose outcome is not known yet; on workers other than the first, without what only the first one knows."""
         self._told_wait = False
         self._other_settings = False
-        """True if an earlier process predicted other prompts or with other settings: its scores are none of this training's."""
+        """True if an earlier process predicted other prompts or with other settings: its scores do not belong to this training."""
 
     def restored(self, cursor: Cursor) -> None:
-        """Take the cursor of the checkpoint that the training resumes from, as it was written."""
+        """Process the cursor of the checkpoint that the training resumes from, as it was written."""
         self._other_settings = cursor.identity.get(PREDICTION) != self._job.identity.get(PREDICTION)
 
     def is_due(self, step: int) -> bool:
@@ -73,14 +73,14 @@ class StepGenerations:
         return self._line is not None and self._due.is_due(step)
 
     def resume(self, cursor: Cursor, needed: bool = False) -> dict[str, float]:
-        """Ask again for predictions that an earlier process did not complete; later steps are repeated, and ask by themselves.
+        """Ask again for predictions that an earlier process did not complete; later steps are repeated, and ask on their own.
 
         Args:
             cursor: where the training resumes.
             needed: wait for the scores.
 
         Returns:
-            The scores of the cursor's step if this waited for them.
+            The scores of the cursor's step, if this call waited for them.
         """
         if self._line is None:
             return {}
@@ -95,20 +95,20 @@ class StepGenerations:
         return state.results if state is not None and left[-1] == cursor.step else {}
 
     def _left(self, last: int) -> list[int]:
-        """Return the steps up to the last one whose predictions are not complete; forget what there is of later ones."""
+        """Return the steps up to the last one whose predictions are not complete; drop what exists of later ones."""
         steps = sorted(int(name) for name in (self._job.run.place / GENERATION).entries() if name.isdigit())
         for step in steps:
-            if step > last:  # its predictions stay, and are taken if the repeated step has the same model
+            if step > last:  # its predictions stay, and are reused if the repeated step has the same model
                 self._job.run.step_model(step).remove()
                 self._results(step).remove()
         return [step for step in steps if step <= last and is_complete(self._job.run.step_model(step))]
 
     def is_missing(self, cursor: Cursor, metric: str = "") -> bool:
-        """Return True if predictions are due where the training resumes, but it was stopped before they were begun.
+        """Return True if predictions are due where the training resumes, but it was stopped before they began.
 
         Args:
             cursor: where the training resumes.
-            metric: a score that they must have: an earlier process may have had other metrics.
+            metric: a score that they must have: an earlier process may have used other metrics.
         """
         if not self.is_due(cursor.step):
             return False
@@ -122,7 +122,7 @@ class StepGenerations:
         return metric in known if metric else bool(known)
 
     def _results(self, step: int) -> StoragePath:
-        """The file of a step's scores; on another machine than the driver's a remote run has no local one."""
+        """The file of a step's scores; on machines other than the driver's, a remote run has no local one."""
         generation = self._job.run.generation(step)
         return generation.place / generation.results("predict").name
 
@@ -131,12 +131,12 @@ class StepGenerations:
 
         Args:
             cursor: where the training stands.
-            engine: its model; while workers wait they may save a checkpoint, so it has the trained weights then.
+            engine: its model; while workers wait they may save a checkpoint, so it then has the trained weights.
             tokenizer: written with it.
             needed: wait for the scores.
 
         Returns:
-            The scores if they are needed; empty if the training is to stop meanwhile.
+            The scores if they are needed; empty if the training should stop meanwhile.
 
         Raises:
             RunFailed: there are none, but they are needed; raised by all workers alike.
@@ -178,7 +178,7 @@ class StepGenerations:
         return json.loads(self._results(step).read_bytes()) if self._results(step).exists() else {}
 
     def after_step(self, cursor: Cursor) -> None:
-        """Wait for the engines if they find no room beside the workers."""
+        """Wait for the engines if they find no room alongside the workers."""
         if self._asked is None:
             return
         state = self._line.state() if self._line is not None and dist.get_rank() == 0 else None
@@ -189,7 +189,7 @@ class StepGenerations:
             self._wait(cursor)
 
     def _settle_last(self, cursor: Cursor) -> bool:
-        """Wait until the last request has ended; returns False if the training is to stop meanwhile."""
+        """Wait until the last request has ended; returns False if the training should stop meanwhile."""
         assert self._asked is not None
         self.after_step(cursor)
         if self._asked is None:
@@ -216,7 +216,7 @@ class StepGenerations:
             self._line.ask(self._asked)
 
     def _pause(self) -> None:
-        """Leave the devices to the engines of the request that is under way."""
+        """Free the devices for the engines of the request that is under way."""
         assert self._asked is not None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -231,7 +231,7 @@ class StepGenerations:
         return tuple(places)
 
     def _wait(self, cursor: Cursor) -> GenerationState | None:
-        """Wait for the end of the request; returns None if the training is to stop before."""
+        """Wait for the end of the request; returns None if the training should stop before then."""
         assert self._line is not None
         seen: list[int] = []
         while True:
@@ -256,12 +256,12 @@ class StepGenerations:
     def _let_time_pass(self) -> None:
         assert self._line is not None
         if self._device.type == "cuda":
-            time.sleep(LOOK_SECONDS)  # all alike: who waits in a collective keeps a GPU busy that engines use
+            time.sleep(LOOK_SECONDS)  # all alike: waiting in a collective would keep busy a GPU that engines use
         elif dist.get_rank() == 0:
             self._line.wait(LOOK_SECONDS)
 
     def _status(self, state: GenerationState | None) -> Status:
-        """What the driver told of the request; only the first worker knows."""
+        """What the driver said about the request; only the first worker knows."""
         if state is None or self._asked is None or state.ticket != self._asked.ticket:
             return Status.RUNNING
         return state.status

@@ -1,4 +1,4 @@
-"""What workers and driver tell each other of generation during training, and how it reaches the workers."""
+"""What workers and driver tell each other about generation during training, and how it reaches the workers."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class GenerationDue:
 
     step: int
     ticket: int
-    """Tells this request from others for the same step."""
+    """Distinguishes this request from others for the same step."""
     places: tuple[Place, ...] = ()
-    """Where the workers are, which wait and leave their devices to the engines; empty while they train."""
+    """Where the workers are that wait and leave their devices to the engines; empty while they train."""
 
 
 class Status(IntEnum):
@@ -29,7 +29,7 @@ class Status(IntEnum):
 
     RUNNING = 0
     NO_ROOM = 1
-    """The engines find no room beside the workers, which are to wait."""
+    """The engines find no room alongside the workers, which should wait."""
     DONE = 2
     FAILED = 3
 
@@ -43,7 +43,7 @@ class GenerationState:
     predictions: int = 0
     """Number of predictions so far."""
     signs: int = 0
-    """Number of signs of life of its engines and of its scoring so far."""
+    """Number of signs of life from its engines and its scoring so far."""
     results: dict[str, float] = field(default_factory=dict)
     """Keys of ``predict_results.json``, once it is done."""
     failure: str = ""
@@ -51,14 +51,14 @@ class GenerationState:
 
 @dataclass(frozen=True)
 class EngineAlive:
-    """An engine's message to the driver: it loads a model or computes tokens."""
+    """An engine's message to the driver: it is loading a model or computing tokens."""
 
     ticket: int
     """Of the request."""
 
 
 class Line(Protocol):
-    """A worker's connection to the driver's generation; only the first worker's is used to ask and to hear."""
+    """A worker's connection to the driver's generation; only the first worker's is used to ask and to listen."""
 
     place: Place
 
@@ -73,7 +73,7 @@ class Generator(Protocol):
     """What generates in the driver, as a training uses it."""
 
     def begin(self, mailbox: Any) -> AbstractContextManager[None]:
-        """Generate for the workers of a training, which hear of it through its mailbox, during the block."""
+        """During the block, generate for the workers of a training run, which hear of it through its mailbox."""
         ...
 
     def take(self, due: GenerationDue) -> None:
@@ -81,11 +81,11 @@ class Generator(Protocol):
         ...
 
     def heard(self, ticket: int) -> None:
-        """Note that an engine is at work for a request."""
+        """Note that an engine is working on a request."""
         ...
 
     def forget(self) -> None:
-        """Drop all requests: the workers start again, and will repeat them. What was predicted is kept."""
+        """Drop all requests: the workers restart, and will repeat them. Existing predictions are kept."""
         ...
 
     def complete(self) -> None:
@@ -115,10 +115,10 @@ class MailboxLine:
         self._news.set()
 
     def state(self) -> GenerationState | None:
-        """Return what the driver told last."""
+        """Return what the driver said last."""
         return self._state
 
     def wait(self, seconds: float) -> None:
-        """Wait for news of the driver."""
+        """Wait for news from the driver."""
         self._news.wait(seconds)
         self._news.clear()

@@ -1,7 +1,7 @@
-"""Which code this process has imported: the packages, and raysft's own, as they were on disk when this module was imported.
+"""Which code this process has imported: packages and raysft itself, as they were on disk when this module was imported.
 
-It is read that early, and before any library in the server that forks workers: what somebody edits or installs later is on disk,
-but does not run. This module imports no library, so that it can be the first.
+It is read this early, before any library in the server that forks workers: what somebody edits or installs later is on disk,
+but does not run. This module imports no libraries, so that it can come first.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def packages(folders: Iterable[str]) -> list[str]:
 
 
 def source_hash() -> str:
-    """Hash the code of raysft, which has the same version number while it is being changed.
+    """Hash the code of raysft, whose version number stays the same during development.
 
     Raises:
         OSError: a file cannot be read.
@@ -56,11 +56,11 @@ _AT_IMPORT = _read(_FOLDERS)
 
 
 def imported_code() -> Code | None:
-    """Return the code that this process runs; None if that is unknown, because other code is on disk by now.
+    """Return the code that this process runs; None if that is unknown because the code on disk has changed.
 
     Raises:
         OSError: a folder of ``sys.path`` cannot be read.
     """
     if _AT_IMPORT is None or _read(_FOLDERS) != _AT_IMPORT:
         return None
-    return Code(packages(sys.path), _AT_IMPORT.raysft)  # a worker's path has folders of its job, too
+    return Code(packages(sys.path), _AT_IMPORT.raysft)  # a worker's path also has folders of its job

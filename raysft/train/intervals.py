@@ -1,4 +1,4 @@
-"""What happens every so many steps or epochs of a training: evaluations and checkpoints."""
+"""What happens every few steps or epochs of training: evaluations and checkpoints."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Protocol
 from raysft.config import TrainSection
 
 TOLERANCE = 1e-9
-"""Of a number of epochs, which is a fraction of steps: 3 / 10 is a little less than 3 · 0.1."""
+"""Tolerance for a number of epochs, computed from steps: 3 / 10 is a little less than 3 · 0.1."""
 
 
 class Steps(Protocol):
-    """The steps of a training, and the epochs that they belong to (``data.rows.row_plan.RowPlan``)."""
+    """The steps of a training run, and the epochs that they belong to (``data.rows.row_plan.RowPlan``)."""
 
     @property
     def steps(self) -> int: ...
@@ -33,7 +33,7 @@ class Interval:
 
     @classmethod
     def of_evaluations(cls, train: TrainSection, row_plan: Steps) -> Interval:
-        """Evaluations during the training; those before its first step and at its end come in any case."""
+        """Evaluations during training; those before its first step and at its end always happen."""
         return cls(row_plan, train.eval_every_steps, train.eval_every_epochs, train.eval_delay)
 
     @classmethod
@@ -42,7 +42,7 @@ class Interval:
         return cls(row_plan, train.save_every_steps, train.save_every_epochs)
 
     def is_due(self, step: int) -> bool:
-        """Return True if it is due after a step. That of an epoch is its last one; that of a fraction is rounded up."""
+        """Return True if it is due after a step. For an epoch, that is its last step; for a fraction, it is rounded up."""
         if self.steps is not None and step % self.steps == 0 and step >= self.delay:
             return True
         if self.epochs is None:
@@ -51,7 +51,7 @@ class Interval:
         return self._count(now) > self._count(before) and now + TOLERANCE >= self.delay
 
     def _count(self, epochs: float) -> int:
-        """How often it was due in so many epochs, without a delay."""
+        """How often it was due in this many epochs, ignoring the delay."""
         assert self.epochs is not None
         return math.floor(epochs / self.epochs + TOLERANCE)
 

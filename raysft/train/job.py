@@ -23,7 +23,7 @@ Batch = dict[str, np.ndarray]
 COLLECTIVE_SECONDS = 600
 """How long a worker waits for the others in a collective."""
 SPLIT_WORKERS = 64
-"""Most workers that share one pipeline of Ray Data, where one actor answers them all. With more, each node reads its own rows."""
+"""Most workers that share one Ray Data pipeline, where one actor serves them all. With more, each node reads its own rows."""
 
 
 class RowPlan(Protocol):
@@ -86,11 +86,11 @@ class RowSource(Protocol):
 
 @dataclass(frozen=True)
 class TrainJob:
-    """Everything that a worker needs to know about a training."""
+    """Everything that a worker needs to know about a training run."""
 
     config: Config
     model: str
-    """Folder or hub id of the model to start from."""
+    """Folder or Hub id of the model to start from."""
     run: RunDirectory
     train_rows: Any
     """``RowSource``."""
@@ -99,15 +99,15 @@ class TrainJob:
     adapter: str | None = None
     """Folder of an adapter to continue training."""
     reference: str | None = None
-    """Folder or hub id of ``train.reference_model``, a model or an adapter."""
+    """Folder or Hub id of ``train.reference_model``, a model or an adapter."""
     identity: dict[str, str] = field(default_factory=dict)
-    """Hashes of the model and the data, as ``Cursor.identity`` has them."""
+    """Hashes of the model and the data, as in ``Cursor.identity``."""
     ends: tuple[int, ...] = ()
-    """Token ids that end an assistant turn, the most frequent first, which the trained model's files name."""
+    """Token ids that end an assistant turn, most frequent first, to be named in the trained model's files."""
     evaluations: StoragePath | None = None
-    """Folder that keeps evaluations of models before their training; None to keep none."""
+    """Folder that caches evaluations of models before training; None to cache none."""
     generation_pauses: bool = True
-    """True if the workers wait while the driver generates with the model of a step, and leave their devices to the engines."""
+    """True if the workers wait while the driver generates with the model of a step, leaving their devices to the engines."""
 
     @property
     def steps(self) -> int:
@@ -129,12 +129,12 @@ class TrainJob:
 
 @dataclass(frozen=True)
 class EvaluationJob:
-    """Everything that a worker needs to know about an evaluation without a training."""
+    """Everything that a worker needs to know about an evaluation without training."""
 
     config: Config
     run: RunDirectory
     model: str
-    """Folder, URI or hub id of the model or the adapter."""
+    """Folder, URI or Hub id of the model or the adapter."""
     eval_rows: dict[str, Any]
     """Evaluation set → ``RowSource``."""
     runs_code: bool = False

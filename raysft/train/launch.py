@@ -1,4 +1,4 @@
-"""The driver's side of a training or an evaluation: start workers with Ray Train, handle their events, and return the results."""
+"""The driver's side of training or evaluation: start workers with Ray Train, handle their events, and return the results."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ from raysft.train.restarts import Restarts, cause
 from raysft.train.worker import evaluate_worker, train_worker
 
 NOTICE = {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1"}
-"""Ray Train's controller looks every second for nodes of the workers that are drained: a spot machine may go after 15 seconds."""
+"""Ray Train's controller checks every second for worker nodes that are drained: a spot machine may disappear after 15 seconds."""
 SHORT_STEPS = 200
 SHORT = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
-"""The controller learns that the workers have ended when it asks them, by default every two seconds. For a short training that is a
-good part of its time; in a long one, asking more often would cost more than it saves (2 ms of CPU each time). Of several workers
-it would more often see those that have lost a connection before the one that died."""
+"""The controller learns that the workers have ended when it polls them, by default every two seconds. In short training that is
+a good part of the time; in long training, polling more often would cost more than it saves (2 ms of CPU each time). With
+several workers, it would more often see those that lost a connection before the one that died."""
 STARTS_MINUTES = 10
-"""How much longer than a worker that hangs all may be silent: while they start, nobody reports."""
+"""How much longer all workers together may be silent than one that hangs: while they start, none reports."""
 
 
 def train(
@@ -59,7 +59,7 @@ def train(
     Args:
         job: what to train.
         handle: receives the events in this process.
-        decisions: of the scheduler; the workers wait for one after each evaluation but the first and the last.
+        decisions: of the scheduler; the workers wait for one after each evaluation except the first and the last.
         generator: generates with the models of steps.
 
     Returns:
@@ -76,7 +76,7 @@ def train(
 
 
 def evaluate(job: EvaluationJob, handle: Emit) -> dict[str, dict[str, float]]:
-    """Evaluate a model on all evaluation sets; returns ``eval`` results, and raises as ``train``."""
+    """Evaluate a model on all evaluation sets; returns ``eval`` results, and raises like ``train``."""
     return asdict(_fit(job, evaluate_worker, handle))
 
 
@@ -123,14 +123,14 @@ def _fit(
 
 
 def _controller_settings(job: TrainJob | EvaluationJob) -> dict[str, str]:
-    """Return what Ray Train's controller reads from the environment; what is set there counts."""
+    """Return what Ray Train's controller reads from the environment; values already set there win."""
     short = job.config.scaling.most_workers == 1 and job.steps <= SHORT_STEPS
     settings = NOTICE | (SHORT if short else {})
     return {name: os.environ.get(name, value) for name, value in settings.items()}
 
 
 def _saved(run: RunDirectory, step: int | None) -> str:
-    """Say which checkpoint the training continues from, and how long before the machine goes it was complete."""
+    """Say which checkpoint the training continues from, and how long before the machine disappears it was complete."""
     now, request = time.time(), current().request
     if request is None:
         return ""
@@ -157,7 +157,7 @@ def _trainer(
         train_loop_config={"job": job, "mailbox": mailbox, "threads": _threads(job.config), **settings},
         scaling_config=scaling,
         run_config=ray.train.RunConfig(
-            name=job.config.run.name,  # as Ray's own logs and metrics show it
+            name=job.config.run.name,  # as shown in Ray's own logs and metrics
             storage_path=folder,
             failure_config=ray.train.FailureConfig(
                 max_failures=job.config.train.max_failures, controller_failure_limit=3

@@ -1,4 +1,4 @@
-"""What decides the last bits of a worker's numbers besides model, data and settings: processor, libraries, code and threads."""
+"""What determines the last bits of a worker's numbers besides model, data and settings: processor, libraries, code and threads."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ VOLATILE = (
     "initial apicid",
     "physical id",
 )
-"""Lines of ``/proc/cpuinfo`` that differ among processors, or moments, that compute alike."""
+"""Lines of ``/proc/cpuinfo`` that differ between processors that compute alike, or over time."""
 VARIABLES = ("ATEN_", "CUBLAS", "CUDNN", "DISABLE_ADDMM", "DNNL_", "GOMP_", "KMP_", "MKL_", "NCCL_", "NVIDIA_TF32", "OMP_",
              "ONEDNN_", "PYTORCH_", "TORCH_")  # fmt: skip
-"""How the environment variables begin that make libraries compute in another way."""
+"""Prefixes of environment variables that make libraries compute differently."""
 
 
 def describe_machine(device: torch.device) -> dict[str, Any] | None:
-    """Describe all of this; two workers whose descriptions are equal compute the same from the same.
+    """Describe all of this; two workers with equal descriptions compute the same results from the same inputs.
 
     Returns:
-        The description, which JSON can hold; None if it is not known which code this process runs.
+        The description, which JSON can hold; None if it is unknown which code this process runs.
 
     Raises:
         OSError: a folder of ``sys.path`` cannot be read.

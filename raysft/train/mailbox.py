@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 
 class _Actor:
-    """What the mailbox holds. Calls that wait take no thread."""
+    """The actor behind the mailbox. Calls that wait occupy no thread."""
 
     def __init__(self) -> None:
         self._messages: asyncio.Queue[Any] = asyncio.Queue()
@@ -52,7 +52,7 @@ class _Actor:
 
 
 class Mailbox:
-    """A handle of the actor, which can be sent to other processes."""
+    """A handle to the actor, which can be sent to other processes."""
 
     def __init__(self) -> None:
         """Create the actor on this node: it lives as long as the node, and reserves no CPU."""
@@ -63,12 +63,12 @@ class Mailbox:
         """Send a message to the driver.
 
         Raises:
-            RayError: the driver is gone, or does not take it in time.
+            RayError: the driver is gone, or does not accept it in time.
         """
         ray.get(self._actor.put.remote(message), timeout=timeout)
 
     def post(self, message: Any) -> None:
-        """Send a message to the driver that may be lost; does not wait until it is there."""
+        """Send a message to the driver that may be lost; does not wait for it to arrive."""
         with suppress(RayError):
             self._actor.put.remote(message)
 
@@ -84,12 +84,12 @@ class Mailbox:
         raise queue.Empty
 
     def stop(self, reason: str) -> None:
-        """Ask those who listen to stop; does not wait until they know."""
+        """Ask all listeners to stop; does not wait for them to hear it."""
         with suppress(RayError):
             self._actor.stop.remote(reason)
 
     def listen(self, hear: Callable[[str], None]) -> None:
-        """Call a function with the reason once the driver asks to stop. One call waits for it, and no step has to ask."""
+        """Call a function with the reason once the driver asks to stop. One call waits for this, so no step has to ask."""
 
         def wait() -> None:
             with suppress(RayError):  # the driver has ended
@@ -98,12 +98,12 @@ class Mailbox:
         threading.Thread(target=wait, name="stop", daemon=True).start()
 
     def tell(self, state: Any) -> None:
-        """Tell those who follow something new, which replaces what they have not heard yet; does not wait until they know."""
+        """Tell all followers something new, replacing what they have not heard yet; does not wait for them to hear it."""
         with suppress(RayError):
             self._actor.tell.remote(state)
 
     def follow(self, hear: Callable[[Any], None]) -> None:
-        """Call a function with what the driver tells, whenever that is new."""
+        """Call a function with each new thing that the driver says."""
 
         def wait() -> None:
             number = 0

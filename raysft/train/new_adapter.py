@@ -19,16 +19,16 @@ def add_adapter(model: Any, adapter_config: Any) -> Any:
     from peft import get_peft_model
 
     with warnings.catch_warnings():
-        # A head that is trained apart from the embedding: ``merge_adapter`` unties them.
+        # A head that is trained separately from the embedding: ``merge_adapter`` unties them.
         warnings.filterwarnings("ignore", ".*a tied layer is part of the adapter")
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # peft reads its former name
-        # It looks for the ranks of parameters, which it has applied, among modules.
+        # It looks among modules for the ranks of parameters, which it has applied.
         warnings.filterwarnings("ignore", ".*pattern keys did not match.*gate_up_proj", RuntimeWarning)
         return get_peft_model(model, adapter_config)
 
 
 def add_adapter_beside(model: Any, name: str, adapter_config: Any) -> None:
-    """Add another adapter to a model that has one, and continues with that."""
+    """Add another adapter to a model that has one and continues with it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*a tied layer is part of the adapter")
         model.add_adapter(name, adapter_config)
@@ -45,7 +45,7 @@ def peft_config(model: nn.Module, config: Config, path: str) -> Any:
         "task_type": "CAUSAL_LM",
         "target_modules": "all-linear" if section.target == "all" else targeted(model, section.target, parts),
         # Full names: peft matches every module whose name ends like the given one, input_layernorm for norm.
-        # An embedding that is also the head becomes two: a tied copy would not survive ZeRO, merging and all kinds of adapters.
+        # An embedding that is also the head becomes two: a tied copy would not survive ZeRO, merging and every kind of adapter.
         "modules_to_save": [
             *(
                 name

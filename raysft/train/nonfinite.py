@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is NaN or infinite: they change no weight, and their records are named."""
+"""Steps whose loss or gradient is NaN or infinite: they change no weights, and their records are named."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from raysft.train.step import StepResult
 from raysft.train.step_rows import named_records
 
 MAX_IN_A_ROW = 20
-"""Skipped steps in a row after which a run that skips them stops: it learns nothing any more."""
+"""Consecutive skipped steps after which a run that skips them stops: it no longer learns anything."""
 
 
 class NonFinite:
@@ -25,7 +25,7 @@ class NonFinite:
         """Check a step that was not applied.
 
         Returns:
-            The reason, for people; empty if only the loss scaling of float16 caused it, which tries higher scales on purpose.
+            The reason, for people; empty if only float16 loss scaling caused it, which tries higher scales on purpose.
 
         Raises:
             RunFailed: ``train.nonfinite=stop``, or too many steps in a row were skipped.

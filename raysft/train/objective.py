@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from raysft.config import TrainSection
 
 EAFT_TOP = 20
-"""Number of most probable tokens over which EAFT takes the entropy."""
+"""Number of most probable tokens over which EAFT computes the entropy."""
 EAFT_SCALE = 3.0
 """About ln 20, the entropy of 20 equally probable tokens, so that the weight is between 0 and 1."""
 
@@ -65,7 +65,7 @@ class Objective:
     def _anchored(self, logits: torch.Tensor, targets: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
         logs = F.log_softmax(logits, -1)
         losses = F.nll_loss(logs, targets, reduction="none")
-        # Of logarithms: equal logits have a divergence of exactly 0.
+        # From logarithms, so that equal logits have a divergence of exactly 0.
         divergence = F.kl_div(logs, F.log_softmax(reference, -1), reduction="none", log_target=True).sum(-1)
         losses = losses * torch.exp(-losses.detach()) + self.asft_alpha * divergence * (targets >= 0)
         return losses + self._of_sum(logits, targets)
@@ -88,14 +88,14 @@ def objective_of(train: TrainSection) -> Objective:
 
 
 CROSS_ENTROPY = Objective()
-"""The objective of evaluations, whatever the training objective is."""
+"""The objective of evaluations, regardless of the training objective."""
 
 
 def embedding_noise(lengths: torch.Tensor, size: int, alpha: float) -> torch.Tensor:
     """NEFTune's noise (Jain et al. 2024): uniform in ± alpha / √(L · d), L the length of the token's example.
 
     Args:
-        lengths: [rows, tokens] length of the example that each token is of.
+        lengths: [rows, tokens] length of the example that each token belongs to.
         size: d, the size of the embeddings.
         alpha: strength of the noise.
 

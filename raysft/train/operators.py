@@ -1,4 +1,4 @@
-"""DeepSpeed's operators in C++, which it compiles on a machine where they are first needed."""
+"""DeepSpeed's C++ operators, which it compiles on each machine when they are first needed."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from raysft.storage.local_cache import cache_home
 from raysft.train.machine import processor
 
 CPU_ADAM = "CPUAdamBuilder"
-"""Adam for optimizer states that are offloaded."""
+"""Adam for offloaded optimizer states."""
 ASYNC_IO = "AsyncIOBuilder"
 """Files on an NVMe disk."""
 WITHOUT_DEBUGGING = "-g0"
-"""Not what debuggers need, which DeepSpeed asks for: it takes a third of the compiler's time (90 s instead of 63 s of CPU time)."""
+"""Without the debug information that DeepSpeed asks for: it takes a third of the compiler's time (90 s of CPU time, not 63 s)."""
 COMPILED_TOGETHER = {CPU_ADAM}
-"""Operators whose files are compiled as one, with fewer headers: torch's, which each includes, take most of the time (13 s of
-CPU time, not 59 s)."""
+"""Operators whose files are compiled as one, with fewer headers: torch's, which every file includes, take most of the time (13
+s of CPU time, not 59 s)."""
 HEADERS = """\
 #pragma once
 #include <torch/types.h>
 #include <torch/csrc/utils/pybind.h>
 """
-"""What they need of ``torch/extension.h``, which includes all of the C++ API: modules, optimizers, data loaders, TorchScript."""
+"""What they need from ``torch/extension.h``, which includes the whole C++ API: modules, optimizers, data loaders, TorchScript."""
 TURN_SECONDS = 500.0
-"""How long to wait for a process that compiles; it takes a minute or two, and the other workers wait 600 s for this one."""
+"""How long to wait for a process that is compiling; it takes a minute or two, and the other workers wait 600 s for this one."""
 
 
 def has_compiler() -> bool:
@@ -48,11 +48,11 @@ def has_compiler() -> bool:
 
 
 def load_operator(builder_name: str) -> None:
-    """Compile the operator of this class of DeepSpeed's, or load it if it is compiled; DeepSpeed then finds it in this process.
+    """Compile the operator of this DeepSpeed class, or load it if it is compiled; DeepSpeed then finds it in this process.
 
-    torch, which compiles for DeepSpeed, marks a compilation by a file named ``lock``, and waits without end for one that a killed
-    process has left. So raysft compiles in a folder of its own and one process at a time, which the operating system watches over:
-    whoever has its turn and finds such a mark knows that its owner is dead.
+    torch, which compiles for DeepSpeed, marks a compilation with a file named ``lock``, and waits forever for one left by a
+    killed process. So raysft compiles in its own folder, one process at a time, with a lock of the operating system: a process that
+    holds that lock and finds such a file knows that its owner is dead.
 
     Raises:
         RequestError: it cannot be compiled on this machine.
@@ -61,7 +61,7 @@ def load_operator(builder_name: str) -> None:
     from deepspeed.ops import op_builder
 
     builder, folder = getattr(op_builder, builder_name)(), _folder(os.environ.get("TORCH_EXTENSIONS_DIR"))
-    # A Python that was started by its path may have ninja beside it, but not in PATH.
+    # A Python that was started by its path may have ninja next to it, but not in PATH.
     path = os.pathsep.join([os.environ.get("PATH", os.defpath), os.path.dirname(sys.executable)])
     flags = builder.cxx_args
     builder.cxx_args = lambda: [*flags(), WITHOUT_DEBUGGING]
@@ -83,7 +83,7 @@ def load_operator(builder_name: str) -> None:
 
 @contextmanager
 def _turn(folder: Path, operator: str) -> Iterator[None]:
-    """Wait until no other process compiles the operator in the folder, and keep them waiting for the block."""
+    """Wait until no other process is compiling the operator in the folder, and make others wait for the block."""
     folder.mkdir(parents=True, exist_ok=True)
     limit = time.monotonic() + TURN_SECONDS
     with (folder / f".{operator}.turn").open("w") as turn:
@@ -100,7 +100,7 @@ def _turn(folder: Path, operator: str) -> Iterator[None]:
 
 
 def _including(builder: Any, folder: Path) -> str:
-    """Write a file that includes all of an operator's, and return its path."""
+    """Write a file that includes all files of an operator, and return its path."""
     path = folder / f"{builder.name}.cpp"
     sources = [builder.deepspeed_src_path(source) for source in builder.sources()]
     _write(path, "".join(f'#include "{source}"\n' for source in sources))
@@ -114,17 +114,18 @@ def _headers(folder: Path) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file that the compiler reads, unless it is there: what is newer would be compiled again."""
+    """Write a file that the compiler reads, unless it exists: a newer file would be compiled again."""
     if not path.exists() or path.read_text() != text:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
 
 
 def _folder(given: str | None) -> Path:
-    """Where raysft compiles for this processor, torch, DeepSpeed and Python, below ``TORCH_EXTENSIONS_DIR`` if the user sets it.
+    """Where raysft compiles for this CPU, torch, DeepSpeed and Python; under ``TORCH_EXTENSIONS_DIR`` if the user sets it.
 
     Nodes with different processors may share a home folder, and the operators use every instruction that a processor has. So may
-    several environments with the same packages: the paths of their sources differ, and each would compile what another one has.
+    several environments with the same packages: the paths of their sources differ, and each would recompile what another one
+    has compiled.
     """
     from deepspeed import __file__ as package
     from deepspeed import __version__
@@ -135,7 +136,7 @@ def _folder(given: str | None) -> Path:
 
 
 def _reason(error: BaseException) -> str:
-    """Return the compiler's own words, which torch puts behind its command."""
+    """Return the compiler's own message, which torch puts after its command."""
     text = str(error)
     found = re.search(r"^.*\berror: .*$|^.*No space left.*$", text, re.MULTILINE)
     return one_line(found.group() if found else text)

@@ -21,9 +21,9 @@ from raysft.train.parameter_groups import trained
 OF_MODELS = ("adam_mini", "badam")
 """Optimizers that read the model's config, or the names of its layers."""
 SIDE = 64
-"""Side of the matrices on which options are tried: as large as the rank of a projection may be."""
+"""Side of the matrices on which options are tried: as large as a projection's rank may be."""
 PROBED_STEPS = 1000
-"""Length of the schedule on which options are tried, if the config does not say it."""
+"""Length of the schedule on which options are tried, if the config does not set it."""
 
 
 def make_optimizer(model: nn.Module, train: TrainSection, loraplus_ratio: float | None = None) -> torch.optim.Optimizer:
@@ -44,12 +44,12 @@ def make_optimizer(model: nn.Module, train: TrainSection, loraplus_ratio: float 
 
 @contextmanager
 def _refusals(kind: str, train: TrainSection) -> Iterator[None]:
-    """Turn what a library says of ``train.optimizer_options``, or of ``train.schedule_options``, into a refusal."""
+    """Turn a library's error about ``train.optimizer_options`` or ``train.schedule_options`` into a refusal."""
     try:
         yield
     except RequestError:
         raise
-    except Exception as error:  # libraries have exceptions of their own
+    except Exception as error:  # libraries have their own exceptions
         raise RequestError(
             f"train.{kind}={getattr(train, kind)} refuses train.{kind}_options={getattr(train, f'{kind}_options')} "
             f"({one_line(error)}); fix the options"
@@ -71,9 +71,9 @@ def check_installed(optimizer: str) -> None:
 
 
 def check_options(train: TrainSection) -> None:
-    """Check that optimizer and schedule take their options, before there is a model: on a few small parameters.
+    """Check that optimizer and schedule accept their options, on a few small parameters, before there is a model.
 
-    Many options are first read in a step, so there are two.
+    Many options are first read in a step, so it takes two steps.
 
     Raises:
         RequestError: they do not, or the optimizer's package is not installed.
@@ -109,7 +109,7 @@ def make_lr_scheduler(optimizer: torch.optim.Optimizer, train: TrainSection, ste
     # The import takes three seconds, and the driver, which imports this module, does not need it.
     from transformers import get_scheduler
 
-    # Some schedules read the peak rate there. Optimizers that have different rates for their groups have none.
+    # Some schedules read the peak rate there. Optimizers with different rates per group have none.
     optimizer.defaults.setdefault("lr", train.learning_rate)
     with _refusals("schedule", train):
         schedule: Any = get_scheduler(
@@ -128,12 +128,12 @@ def warmup_steps(train: TrainSection, steps: int) -> int:
     """Return the steps of the warm-up: ``train.warmup_steps``, or a fraction of all steps, rounded up."""
     if train.warmup_steps is not None:
         return train.warmup_steps
-    # The first step of a warm-up has learning rate 0, so a run of one step must have no warm-up.
+    # The first step of a warm-up has learning rate 0, so a one-step run must have no warm-up.
     return min(math.ceil(train.warmup_ratio * steps), steps - 1)
 
 
 def go_to_step(lr_scheduler: Any, steps: int) -> None:
-    """Set the learning rate to that of the step after the first ``steps``."""
+    """Set the learning rate to that of the step after the first ``steps`` steps."""
     # ``step`` increments ``last_epoch``; ``_step_count`` suppresses a warning about a call before the optimizer's first step.
     lr_scheduler.load_state_dict({**lr_scheduler.state_dict(), "last_epoch": steps - 1, "_step_count": steps + 2})
     lr_scheduler.step()

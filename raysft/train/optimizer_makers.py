@@ -1,4 +1,4 @@
-"""Make each kind of optimizer. Most are made alike, from the class that the table names; the others have a function here."""
+"""Make each kind of optimizer. Most are made the same way, from the class that the table names; the others have a function here."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PROJECTED: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Settings of projected matrices, with defaults as in LLaMA-Factory."""
 FURTHER = {"adam_debias", "adanorm", "adanorm_r", "cautious", "stable_adamw", "use_gc", "use_palm"}
-"""Options that some constructors of pytorch_optimizer read from their ``**kwargs``, which take any other name without a word."""
+"""Options that some constructors of pytorch_optimizer read from their ``**kwargs``, which accept any other name silently."""
 UNREAD = {"bitsandbytes": {"amsgrad", "args", "is_paged", "optim_bits"}}
 """Library → options that its constructors ignore, or that a name in the table stands for."""
 
@@ -102,7 +102,7 @@ def options_of(made: Any) -> set[str]:
 
 
 def _check_options(optimizer: str, given: Mapping[str, Any], arguments: set[str]) -> None:
-    """Refuse options that a constructor would take without a word and never read."""
+    """Refuse options that a constructor would accept silently and never read."""
     known = arguments - {"self", "params", "kwargs"}
     for option in given:
         if option not in known:
@@ -114,8 +114,8 @@ def _check_options(optimizer: str, given: Mapping[str, Any], arguments: set[str]
 def _stepping_only_filled_groups(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """Hide groups without parameters from each step.
 
-    ZeRO-3 updates one part of the weights after the other and empties the groups of all others. Many optimizers count the steps
-    in the groups, also in empty ones.
+    ZeRO-3 updates the weights part by part, and empties the groups of all other parts. Many optimizers count the steps per
+    group, even in empty ones.
     """
     step = optimizer.step
 
@@ -134,7 +134,7 @@ def _stepping_only_filled_groups(optimizer: torch.optim.Optimizer) -> torch.opti
 def _adamw(model: nn.Module, parameters: Parameters, train: TrainSection, ratio: float | None) -> torch.optim.Optimizer:
     groups = by_rate(by_decay(parameters, train.weight_decay), parameters, train.learning_rate, ratio)
     shared = {"lr": train.learning_rate, "betas": train.betas, "eps": train.epsilon}
-    if train.offload.optimizer != "none" and has_compiler():  # torch's own AdamW does the same, a little slower
+    if train.offload.optimizer != "none" and has_compiler():  # torch's own AdamW does the same, slightly slower
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         load_operator(CPU_ADAM)
@@ -184,7 +184,7 @@ def _adam_mini(
         num_query_groups=getattr(hf_config, "num_key_value_heads", None),
         **train.optimizer_options,
     )
-    for group in optimizer.param_groups:  # one for each parameter; the library has biases decay
+    for group in optimizer.param_groups:  # one for each parameter; the library decays biases
         if all(dimensions(parameter) < 2 for parameter in group["params"]):
             group["weight_decay"] = 0.0
     return optimizer
@@ -193,7 +193,7 @@ def _adam_mini(
 def _low_rank(
     model: nn.Module, parameters: Parameters, train: TrainSection, ratio: float | None
 ) -> torch.optim.Optimizer:
-    """Make an optimizer that projects the matrices inside the layers, or some, and updates all other parameters in full."""
+    """Make an optimizer that projects the matrices inside the layers, or some of them, and updates all other parameters in full."""
     made = class_of(kind_of(train.optimizer))
     given = dict(train.optimizer_options)
     projected = {key: given.pop(key, value) for key, value in PROJECTED[train.optimizer].items()}
@@ -238,7 +238,7 @@ def _badam(model: nn.Module, parameters: Parameters, train: TrainSection, ratio:
     from badam import BlockOptimizer
 
     class Blocks(BlockOptimizer):
-        """BAdam has vectors decay, too, and prints each switch, whatever ``verbose`` says."""
+        """BAdam also decays vectors, and prints each switch regardless of ``verbose``."""
 
         def switch_trainable_params(self, verbose: int | None = None) -> None:
             super().switch_trainable_params(self.verbose)

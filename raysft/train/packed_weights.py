@@ -1,4 +1,4 @@
-"""4-bit weights that ZeRO-3 partitions: a layer's weights are there while it computes, and not from forward to backward."""
+"""4-bit weights that ZeRO-3 partitions: a layer's weights exist while it computes, but not between forward and backward."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import nn
 def release_after_forward(model: nn.Module) -> None:
     """Keep the 4-bit layers of a model from holding the weights that ZeRO-3 gathered for their forward pass.
 
-    bitsandbytes keeps a view of the weight for the backward pass, and with it all that was gathered: each worker would hold the
-    packed weights of the whole model at the end of a forward pass. ZeRO-3 gathers them again for the backward pass.
+    bitsandbytes keeps a view of the weight for the backward pass, and with it everything that was gathered: each worker would
+    hold the packed weights of the whole model at the end of a forward pass. ZeRO-3 gathers them again for the backward pass.
     """
     from bitsandbytes.nn.modules import Linear4bit
 
@@ -27,7 +27,7 @@ def _forward(module: Any, inputs: torch.Tensor) -> torch.Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """The product with a frozen 4-bit weight, which is read from its layer anew in the backward pass."""
+    """The product with a frozen 4-bit weight, which is read from its layer again in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, inputs: torch.Tensor, module: Any) -> torch.Tensor:  # type: ignore[override]

@@ -1,4 +1,4 @@
-"""Which parameters an optimizer updates in which way: weight decay, rates, and the matrices inside the layers."""
+"""How an optimizer updates which parameters: weight decay, rates, and the matrices inside the layers."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def by_target(model: nn.Module, parameters: Parameters, target: str | Iterable[s
     """
     if isinstance(target, str):
         return by_place(model, parameters)
-    # The loss holds the model as ``model``; patterns mean names inside it.
+    # The loss holds the model as ``model``; patterns refer to names inside it.
     modules = {
         name: name.rpartition(".")[0].removeprefix("model.")
         for name, weight in parameters.items()

@@ -1,4 +1,4 @@
-"""What a worker does, and since when: the phases of its training."""
+"""What a worker is doing, and since when: the phases of its training."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ class Phases:
         self._clock = clock
         self.phase: Phase = "setup"
         self.step = 0
-        """Step that the phase is of, from 1; 0 before the first."""
+        """Step that the phase belongs to, from 1; 0 before the first."""
         self.progressed = clock()
         """When the worker last showed progress."""
         self.longest_step = 0.0
-        """Seconds of the longest of the latest steps."""
+        """Seconds of the longest recent step."""
         self.last_step: StepTimes | None = None
         """None before the first step."""
 
     def enter(self, phase: Phase, step: int | None = None) -> None:
-        """End the current phase, and begin another, of the same step or another one."""
+        """End the current phase, and begin another, in the same step or another one."""
         self.step = self.step if step is None else step
         self.phase, self.progressed = phase, self._clock()
 
@@ -74,7 +74,7 @@ class Phases:
         self.progressed = self._clock()
 
     def step_took(self, times: StepTimes) -> None:
-        """Note how long a step took; long ones are forgotten in time, as the first is often longer than the others."""
+        """Note how long a step took; long ones are forgotten over time, as the first is often longer than the others."""
         self.last_step = times
         self.longest_step = max(times.step, 0.9 * self.longest_step)
 

@@ -1,4 +1,4 @@
-"""The pixels of the next microbatches, made in threads while the current one is computed."""
+"""The pixels of the next microbatches, prepared in threads while the current one is computed."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from raysft.train.read_ahead import ReadAhead
 from raysft.train.step_rows import cut, named_records
 
 AHEAD = 3
-"""Microbatches whose pixels exist at the same time, beside those of the current one."""
+"""Microbatches whose pixels exist at the same time, in addition to the current one's."""
 
 
 class ImageInputs:
-    """Makes what a model takes of the images of a microbatch.
+    """Prepares what a model takes as input for the images of a microbatch.
 
     Args:
         processor: of the model.
@@ -43,7 +43,7 @@ class ImageInputs:
         """Return ``images``, the tensors of all images over the rows, and ``position_ids`` if the images change them.
 
         Args:
-            microbatch: rows of which one has images.
+            microbatch: rows, at least one of which has images.
             source: ``RowSource`` of the rows, to name records.
 
         Raises:
@@ -57,7 +57,7 @@ class ImageInputs:
         ]
         try:
             images = media_inputs(self._processor, examples)
-        except Exception as error:  # of any type: the processor decides
+        except Exception as error:  # of any type: raised by the processor
             files = ", ".join(dict.fromkeys(medium.location for media in microbatch["media"] for medium in media))
             raise BadImage(f"the model's processor cannot use one of {files:.500} ({one_line(error)})") from error
         if not has_planes(self._decoder):
@@ -84,7 +84,7 @@ def image_inputs(processor: Any, model: Any) -> ImageInputs | None:
 
 
 class Pixels:
-    """Makes the inputs for the images of one stream of rows, in order, a few microbatches ahead, also across steps.
+    """Makes the inputs for the images of one stream of rows, in order, a few microbatches ahead, even across steps.
 
     Args:
         source: ``RowSource`` of the rows.
@@ -112,12 +112,12 @@ class Pixels:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def begin(self, make: ImageInputs) -> None:
-        """Begin to make pixels, for which the model must be there; rows may be read before."""
+        """Begin making pixels, for which the model must be loaded; rows may be read before."""
         self._make = make
         self._fill()
 
     def along(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Yield the batches; the pixels of each begin to be made when it is read."""
+        """Yield the batches; work on the pixels of each begins when it is read."""
         for batch in batches:
             with self._lock:
                 self._waiting.extend(cut(batch, self._rows))
@@ -125,7 +125,7 @@ class Pixels:
             yield batch
 
     def take(self) -> dict[str, Any]:
-        """Return the inputs of the next microbatch, with names of the arguments of ``TokenLoss``; nothing if it has no images.
+        """Return the inputs of the next microbatch, named as arguments of ``TokenLoss``; nothing if it has no images.
 
         Raises:
             BadImage: one of its images cannot be used.
@@ -160,7 +160,7 @@ class Pixels:
 def beside(
     make: ImageInputs | None, batches: Iterable[Batch], source: Any, rows: int
 ) -> Iterator[tuple[Iterable[Batch], Pixels | None]]:
-    """Yield batches that are read one ahead, and the pixels of their images; without images, the batches as they are.
+    """Yield batches, read one ahead, and the pixels of their images; without images, the batches as they are.
 
     Args:
         make: makes the pixels; None if no row has images.

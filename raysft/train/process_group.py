@@ -1,10 +1,10 @@
-"""The start of the workers' process group. A start that fails is tried again, with workers that are started anew.
+"""The start of the workers' process group. A start that fails is retried, with workers started again.
 
-Ray Train alone ends the training then, and keeps the workers' placement group, so that nothing else finds room. It takes little
-for a start to fail: the first worker takes a free port, and lets go of it until torch listens there, so that another process may
-take it in between.
+On its own, Ray Train then ends the training and keeps the workers' placement group, so that nothing else finds room. A start
+fails easily: the first worker takes a free port, and releases it until torch listens there, so another process may take it in
+between.
 
-Before that, workers without a GPU set their processes up (``cpu_worker``).
+Before that, workers without a GPU set up their processes (``cpu_worker``).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class ProcessGroupFailed(WorkerGroupStartupFailedError):
 
 @dataclass
 class RestartableTorchConfig(TorchConfig):
-    """As Ray's, with a start that can be tried again."""
+    """Like Ray's, with a start that can be retried."""
 
     @property
     def backend_cls(self) -> type[TorchBackend]:
@@ -35,7 +35,7 @@ class RestartableTorchConfig(TorchConfig):
 
 
 class RestartableBackend(TorchBackend):
-    """Lets go of the workers if their process group does not start."""
+    """Releases the workers if their process group does not start."""
 
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         """Start the process group on all workers.

@@ -1,6 +1,6 @@
 """The private parts of Ray Train that raysft uses, in one place; another version of Ray may change them without notice.
 
-Beside these names, ``elastic``, ``restarts`` and ``launch`` override or call methods that are private, too: of the scaling
+Besides these names, ``elastic``, ``restarts`` and ``launch`` override or call other private methods: of the scaling
 policies ``_get_reserved_resources``, ``_count_possible_workers`` and ``_maybe_send_resource_request``, of ``ScalingConfig``
 ``_resources_per_worker_not_none``, and of ``TorchTrainer`` ``_initialize_and_run_controller`` and ``_register_sigint_handler``.
 ``process_group`` calls ``abort`` and ``execute`` of a worker group.
@@ -8,14 +8,14 @@ policies ``_get_reserved_resources``, ``_count_possible_workers`` and ``_maybe_s
 
 from __future__ import annotations
 
-# Starts the process group; TorchConfig names it in a property that is public.
+# Starts the process group; TorchConfig names it in a public property.
 from ray.train.torch.config import _TorchBackend as TorchBackend
 
 # Starts an actor that removes the workers' placement group once the controller is dead. It asks the dashboard of any cluster that
-# it finds on the machine, and takes the controller for dead if that is another one: two trainings side by side end each other.
+# it finds on the machine, and takes the controller for dead if that is another one: two training runs end each other.
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
-# The failures of a start after which Ray Train starts the workers again.
+# The start failures after which Ray Train starts the workers again.
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 
 # A worker's context: the only access to preemption notices that is not a collective call.

@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class ReadAhead(Generic[T]):
-    """Reads one item ahead, from the beginning of the block on. A read that never ends is left behind at the end of the block."""
+    """Reads one item ahead, from the start of the block. A read that never ends is abandoned at the end of the block."""
 
     def __init__(self, items: Iterator[T]) -> None:
         self._items = items
@@ -41,7 +41,7 @@ class ReadAhead(Generic[T]):
         return self.ready and isinstance(self._held[0], BaseException)
 
     def wait(self, seconds: float) -> None:
-        """Wait until the next item is there, or for so long."""
+        """Wait until the next item is there, or for this long."""
         if not self._held:
             with suppress(queue.Empty):
                 self._held.append(self._read.get(timeout=seconds))

@@ -16,11 +16,11 @@ from raysft.train.finetuning import load_frozen
 from raysft.train.new_adapter import add_adapter_beside
 
 START = "start"
-"""Name of the adapter that keeps how the trained one was at the start."""
+"""Name of the adapter that preserves the initial state of the trained one."""
 
 
 class Reference(nn.Module):
-    """A model of its own, or the trained model with another adapter, or with none.
+    """A separate model, or the trained model with another adapter or with none.
 
     It computes without dropout and gets no gradients.
     """
@@ -28,14 +28,14 @@ class Reference(nn.Module):
     def __init__(self, model: nn.Module | None = None, adapter: str | None = None) -> None:
         """
         Args:
-            model: the model, of which no weight is trained. Default: the trained one.
-            adapter: in a trained model, what it computes with in place of the adapter that is trained. Default: nothing.
+            model: the model, none of whose weights are trained. Default: the trained one.
+            adapter: in a trained model, the adapter used instead of the trained one. Default: none.
         """
         super().__init__()
         self.model, self.adapter = model, adapter
 
     def train(self, mode: bool = True) -> Reference:
-        """Stay as it is."""
+        """Stay unchanged."""
         return super().train(False)
 
     @contextmanager
@@ -64,8 +64,8 @@ def make_reference(config: Config, trained: Any, start: str, given: str | None, 
     Args:
         config: the run's config.
         trained: the model from ``load_model``, whose weights no checkpoint has replaced yet.
-        start: folder or hub id that it was loaded from.
-        given: the same of ``train.reference_model``, which may be an adapter.
+        start: folder or Hub id that it was loaded from.
+        given: the same for ``train.reference_model``, which may be an adapter.
         device: where quantized weights go; the caller moves other weights.
     """
     if given is not None:
@@ -81,10 +81,10 @@ def make_reference(config: Config, trained: Any, start: str, given: str | None, 
 
 
 def _keep_start(trained: Any) -> None:
-    """Give a model a second adapter that is equal to the one that is trained, and is not."""
+    """Give a model a second adapter that is equal to the trained one and is not trained."""
     wanted = {name: weight for name, weight in trained.named_parameters() if weight.requires_grad}
     adapter_config = copy.deepcopy(trained.peft_config[TRAINED])
-    adapter_config.init_lora_weights = True  # what it begins with is replaced
+    adapter_config.init_lora_weights = True  # its initial weights are replaced
     add_adapter_beside(trained, START, adapter_config)
     weights = dict(trained.named_parameters())
     with torch.no_grad():
@@ -96,7 +96,7 @@ def _keep_start(trained: Any) -> None:
 
 
 def _share_frozen(frozen: Any, trained: Any) -> None:
-    """Let both models have the weights in common that are not trained."""
+    """Let both models share the weights that are not trained."""
     shared = dict(trained.named_parameters(remove_duplicate=False))
     for name, _ in list(frozen.named_parameters(remove_duplicate=False)):
         if not shared[name].requires_grad:

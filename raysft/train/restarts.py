@@ -35,7 +35,7 @@ class Restarts(DefaultFailurePolicy):
 
 
 def _failures(error: Any) -> dict[int, Any]:
-    """Return the failure of each worker, by rank; of one that died the ``RayActorError``, around which Ray Train puts its own."""
+    """Return the failure of each worker, by rank; for one that died, the ``RayActorError`` that Ray Train wraps in its own."""
     failures = getattr(error, "worker_failures", None) or {}
     return {rank: getattr(failure, "health_check_failure", failure) for rank, failure in failures.items()}
 
@@ -49,13 +49,13 @@ def _fault(error: Any) -> Fault | None:
 
 
 def _address(died: RayActorError) -> str:
-    """The address of a worker's node, which Ray tells in a line of its own; empty if it does not."""
+    """The address of a worker's node, which Ray gives in a separate line; empty if it does not."""
     found = re.search(r"^\s*ip: (\S+)$", str(died), re.MULTILINE)
     return f" ({found[1]})" if found else ""
 
 
 def cause(error: Any) -> Exception:
-    """Turn Ray Train's error into that of the first worker, or of the controller, as one of ours."""
+    """Turn Ray Train's error into one of ours: that of the first worker, or of the controller."""
     controller = getattr(error, "controller_failure", None)
     if isinstance(controller, RequestError | RunFailed | RunStopped):
         return controller

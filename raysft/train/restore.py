@@ -19,16 +19,16 @@ from raysft.train.job import TrainJob
 from raysft.train.optim import make_optimizer
 
 AVERAGED = "z"
-"""The state of schedule-free optimizers from which, with the trained weights, their average follows."""
+"""The state of schedule-free optimizers from which, with the trained weights, their average is computed."""
 WRAPPED = "model."
-"""What the names of weights begin with in checkpoints: the engine wraps a model in its loss (``TokenLoss.model``)."""
+"""Prefix of weight names in checkpoints: the engine wraps a model in its loss (``TokenLoss.model``)."""
 
 
 def for_reading(config: Config) -> Config:
     """Return a run's config without what only its workers need: GPUs, kernels, optimizers and other packages.
 
     The weights keep their data type. Those that bitsandbytes quantizes stay exact: no checkpoint has them. An optimizer that
-    averages weights stays too: a checkpoint has those that are trained, and the model is their average.
+    averages weights also stays: a checkpoint has the weights being trained, and the model is their average.
     """
     averages = kind_of(config.train.optimizer).averages
     model = {"dtype": config.weight_dtype, "attention": "auto", "liger": False, "quantization": None}
@@ -80,7 +80,7 @@ def _trained(model: Any) -> dict[str, torch.Tensor]:
 
 
 def _average(model: Any, config: Config, checkpoint: ResumePoint) -> None:
-    """Read the trained weights in the data type that the optimizer knows them in, and have it average them."""
+    """Read the trained weights in the data type that the optimizer uses, and have it average them."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.bfloat16 if config.train.pure_bf16 else torch.float32).contiguous()
@@ -99,7 +99,7 @@ def _average(model: Any, config: Config, checkpoint: ResumePoint) -> None:
 
 
 def _convert(model: Any, config: Config, adapts: bool) -> None:
-    """Convert weights as the engine does: all of them to the model's data type, but ZeRO-3 leaves adapters in float32."""
+    """Convert weights as the engine does: all of them to the model's data type, except that ZeRO-3 leaves adapters in float32."""
     dtype, partitioned = getattr(torch, config.dtype), adapts and config.train.zero_stage == 3
     for parameter in model.parameters():
         if parameter.is_floating_point() and not (partitioned and parameter.requires_grad):

@@ -6,12 +6,12 @@ each example alone:
     E · Σ f_e · p_e
 
 over the E experts, where f_e is how often a token was sent to expert e, and p_e the probability that the router gave it, both
-averaged over the example's tokens and all layers. It is the number of experts per token where all are used alike. The loss of a
-step is the mean over its examples, weighted by their tokens.
+averaged over the example's tokens and all layers. It equals the number of experts per token where all are used equally. The
+loss of a step is the mean over its examples, weighted by their tokens.
 
-The product of two means over all tokens of a microbatch, as transformers has it for batches, depends on which examples share one;
-that over a whole step is known only after its last microbatch. For single examples it is the same however rows are packed and
-steps are cut, as the sequence-wise loss of DeepSeek-V3 is.
+The product of two means over all tokens of a microbatch, as transformers computes it for batches, depends on which examples
+share one; that over a whole step is known only after its last microbatch. For single examples it is the same however rows are
+packed and steps are cut, like the sequence-wise loss of DeepSeek-V3.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class RouterLoss:
     def __init__(self, model: nn.Module, coefficient: float) -> None:
         """
         Args:
-            model: a transformers model, with or without adapters, whose engine is made.
-            coefficient: weight of the loss beside that of the tokens.
+            model: a transformers model, with or without adapters, whose engine exists.
+            coefficient: weight of the loss relative to that of the tokens.
         """
         self.coefficient, self._name = coefficient, type(without_adapters(model)).__name__
         self._listens, self._heard = False, list[tuple[Any, Any]]()
@@ -57,11 +57,11 @@ class RouterLoss:
         self._listens = False
 
     def _hear(self, router: nn.Module, inputs: Any, output: Any) -> None:
-        if self._listens and torch.is_grad_enabled():  # else a reference model computes
+        if self._listens and torch.is_grad_enabled():  # otherwise a reference model is computing
             self._heard.append((router, output))
 
     def __call__(self, part: Batch, group: SequenceGroup = ALONE) -> torch.Tensor:
-        """Compute the loss of a microbatch: its sum over examples, each times its tokens.
+        """Compute the loss of a microbatch: its sum over examples, each times its number of tokens.
 
         Workers that share the rows all get the same sum, each with the gradient of its own tokens.
 
@@ -70,7 +70,7 @@ class RouterLoss:
             group: the workers that have the same rows.
 
         Raises:
-            RunFailed: the model's routers do not say what they chose.
+            RunFailed: the model's routers do not return what they chose.
         """
         routed = [self._read(router, output) for router, output in self._heard]
         self._heard = []
@@ -91,7 +91,7 @@ class RouterLoss:
                 f"{type(router).__name__} of {self._name} does not; remove it"
             )
         logits, _, chosen = output
-        # Routers with a bias for balance (DeepSeek-V3, GLM-4) give each expert a probability of its own.
+        # Routers with a bias for balance (DeepSeek-V3, GLM-4) give each expert an independent probability.
         by_itself = hasattr(router, "e_score_correction_bias")
         return probabilities(logits.flatten(0, -2), by_itself), chosen.flatten(0, -2)
 
@@ -135,7 +135,7 @@ def examples_of(part: Batch) -> tuple[np.ndarray, int]:
     """Number the examples of some rows.
 
     Returns:
-        [rows · tokens] number of each token's example, for padding as many as there are examples; and how many there are.
+        [rows · tokens] number of each token's example, which for padding is the number of examples; and that number.
     """
     positions = part["position_ids"]
     padding = np.arange(positions.shape[1]) >= part["tokens"][:, None]

@@ -1,4 +1,4 @@
-"""The checkpoints of one worker's training: when they are due, and with what they are saved."""
+"""The checkpoints of one worker's training: when they are due, and what is saved with them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Checkpoints:
     def __init__(self, training: Training, save: Save, trigger: CheckpointTrigger, stopper: EarlyStopper) -> None:
         """
         Args:
-            training: what is saved.
+            training: the one to save.
             save: saves a checkpoint.
             trigger: says when one is due.
             stopper: knows the best model so far, which a checkpoint names.
@@ -38,11 +38,11 @@ class Checkpoints:
         self._trigger.start_clock()
 
     def save_if_due(self, cursor: Cursor) -> None:
-        """Save a checkpoint if one is due after this step and was not saved yet."""
+        """Save a checkpoint if one is due after this step and has not been saved yet."""
         if self._trigger.is_due(cursor.step) and self._saved_step != cursor.step:
             self.save(replace(cursor, temporary=not self._trigger.is_scheduled(cursor.step)))
 
     def is_unsaved(self, cursor: Cursor) -> bool:
-        """Return True if a checkpoint would keep steps from being repeated."""
+        """Return True if a checkpoint would spare repeating steps."""
         resumes = self._training.job.config.train.resumes
         return resumes and cursor.step > self._training.first_step and self._saved_step != cursor.step

@@ -1,8 +1,8 @@
-"""Workers that compute the same rows together: each group of ``scaling.sequence_parallel`` of them gets what one worker would get,
-and each worker of it computes a slice of the tokens.
+"""Workers that compute the same rows together: each group of ``scaling.sequence_parallel`` of them gets what one worker would
+get, and each worker in it computes a slice of the tokens.
 
-A step's loss is a sum over tokens, divided by a number that all know. So DeepSpeed, which adds up the gradients of all workers,
-need not know of the groups.
+A step's loss is a sum over tokens, divided by a number that all know. So DeepSpeed, which sums the gradients of all workers,
+need not know about the groups.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ class SequenceGroup:
     size: int = 1
     """Workers of each group."""
     place: int = 0
-    """This worker's place in the group, which is the number of its slice."""
+    """This worker's rank in the group, which is the number of its slice."""
     number: int = 0
-    """The group's number, in the place of a worker's wherever rows are divided."""
+    """The group's number, used instead of a worker's wherever rows are divided."""
     groups: int = 1
     """Number of groups."""
     processes: Any = None
-    """Process group of its workers; None if it has but one."""
+    """Process group of its workers; None if it has only one."""
 
     @classmethod
     def join(cls, size: int) -> SequenceGroup:
-        """Make the groups, which all workers do together, and return that of this worker.
+        """Make the groups, which all workers do together, and return this worker's.
 
         Raises:
             RunFailed: the workers cannot be divided into groups of this size.
@@ -57,21 +57,21 @@ class SequenceGroup:
         return cls(size, rank % size, number, workers // size, made[number] if made else None)
 
     def slice_tokens(self, tokens: int) -> int:
-        """Return how many tokens a slice of so many has."""
+        """Return how many tokens a slice of a row of ``tokens`` has."""
         return slice_tokens(tokens, self.size)
 
     def cut(self, part: Batch) -> tuple[Batch, Examples]:
         """Cut this worker's slice out of a microbatch whose labels are targets already (``step_rows.with_targets``).
 
         Returns:
-            Arrays of [1, tokens], and where the examples of all slices lie; in a group of one what was given, and its examples.
+            Arrays of [1, tokens], and where the examples of all slices lie; in a group of one, the input itself and its examples.
         """
         if self.size == 1:
             return part, Examples.of_rows(part["position_ids"])
         tokens = part["position_ids"].size
         width = self.slice_tokens(tokens)
         missing = width * self.size - tokens
-        # What is missing becomes an example of its own.
+        # What is missing becomes a separate example.
         lengths = [*example_lengths(part["position_ids"]).tolist(), *([missing] if missing else [])]
         start, stop = self.place * width, (self.place + 1) * width
         empty = {"targets": np.full(missing, IGNORE_INDEX), "position_ids": np.arange(missing)}
@@ -85,7 +85,7 @@ class SequenceGroup:
         return cut, Examples.of_part(lengths, Slice(self.processes, self.size, start, stop))
 
     def cut_one(self, values: np.ndarray, empty: int) -> np.ndarray:
-        """Cut this worker's slice out of values of all tokens, one row after the other; what is missing at the end is ``empty``."""
+        """Cut this worker's slice out of values of all tokens, one row after another; what is missing at the end is ``empty``."""
         width = self.slice_tokens(len(values))
         filled = np.pad(values, (0, width * self.size - len(values)), constant_values=empty)
         return filled[self.place * width : (self.place + 1) * width]

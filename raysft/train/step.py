@@ -1,7 +1,7 @@
 """One optimizer step.
 
-Every worker makes the same collectives in the same order, whatever its rows hold. Otherwise the workers would wait for each
-other in different places, or sum numbers that do not belong together. With ZeRO-3, each call of a module with weights gathers
+Every worker makes the same collectives in the same order, no matter what its rows hold. Otherwise the workers would wait for
+each other in different places, or sum numbers that do not belong together. With ZeRO-3, each call of a module with weights gathers
 them from all workers, in forward and backward, so calling it is a collective; with ZeRO-1 and 2, each gradient of a weight is
 one. Workers' rows differ in number (fillers), width, labels, sources and weights. So which modules are called, and how often,
 may depend on the config, the model and the row plan, which all workers know, but never on a worker's own rows. A part of the
@@ -37,7 +37,7 @@ TENSORS = {
     "weights": torch.float32,
     "sources": torch.long,
 }
-"""Inputs of ``TokenLoss`` and their dtypes; a batch holds them as [rows, tokens], with labels in the place of targets."""
+"""Inputs of ``TokenLoss`` and their dtypes; a batch holds them as [rows, tokens], with labels in place of targets."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class StepResult:
     pixel_seconds: float = 0.0
     """Time that this worker waited for the pixels of its images."""
     held_seconds: float = 0.0
-    """Time by which waits for pixels, of any worker, have held this one up: the longest of them, unless it was over before the
-    others had to wait for it."""
+    """Time by which any worker's waits for pixels held this one up: the longest of them, unless it was over before the others
+    had to wait for it."""
     router_aux_loss: float | None = None
     """The load balancing loss of routers over all workers (``router_loss``), which ``loss`` does not contain; None without it."""
 
@@ -89,10 +89,11 @@ def train_step(
         batch: this worker's rows, from a ``RowSource``.
         weight: total weight of the step's loss tokens over all workers; without weights, their number.
         sources: number of sources.
-        asks: returns (this worker's machine is about to be preempted, its clock asks for a checkpoint, it is to stop, it lacks
-            the rows of the next step). It is called after the computation, and all workers learn if it is true for any of them.
+        asks: returns (this worker's machine is about to be preempted, its clock asks for a checkpoint, it should stop, it lacks
+            the next step's rows). It is called after the computation, and all workers learn whether any of these is true
+            for any of them.
         phases: told what this worker does.
-        pixels: of the rows' images; None if there are none in the data.
+        pixels: of the rows' images; None if the data has none.
         tokens: of the step over all workers, without padding; the loss of routers is divided by them.
         group: the workers that have the same rows.
     """
@@ -129,10 +130,11 @@ def train_step(
 
 
 def _stepped(engine: Any) -> torch.Tensor | None:
-    """Make the engine's step after a microbatch, without an update if the gradient is not finite.
+    """Call the engine's step after a microbatch, without an update if the gradient is not finite.
 
     Returns:
-        The norm of the step's gradient, of a plain optimizer, whose gradients are whole on each worker; others keep it themselves.
+        The norm of the step's gradient with a plain optimizer, whose gradients are whole on each worker; others keep it
+        themselves.
     """
     norm = None
     if engine.is_gradient_accumulation_boundary() and not keeps_gradient_norm(engine):
@@ -145,17 +147,17 @@ def _stepped(engine: Any) -> torch.Tensor | None:
 def _summed(
     totals: torch.Tensor, asked: Sequence[bool], norm: torch.Tensor | float, pixels: Pixels | None, started: float
 ) -> tuple[list[float], float, float, float]:
-    """Add numbers up over all workers, and wait for the device once.
+    """Sum numbers over all workers, and wait for the device once.
 
     Args:
         totals: this worker's numbers on the device.
-        asked: further ones, of the processor.
+        asked: further ones, on the CPU.
         norm: of the gradient, the same on all workers.
         pixels: of the step's images.
         started: when the step started, by ``time.perf_counter``.
 
     Returns:
-        The sums; the norm; how long this worker has waited for pixels; and how long the waits of any worker have held it up.
+        The sums; the norm; how long this worker waited for pixels; and how long any worker's waits held it up.
     """
     waited, waits = 0.0, torch.zeros(0 if pixels is None else dist.get_world_size(), 2)
     if pixels is not None:
@@ -178,7 +180,7 @@ def _held_seconds(workers: Sequence[Sequence[float]], seconds: float) -> float:
     """Return by how long waits for pixels have held up a step.
 
     Args:
-        workers: of each the time that it waited, and that of the rest of its step, in which it may have waited for another worker.
+        workers: for each, the time that it waited, and the rest of its step, in which it may have waited for another worker.
         seconds: time of this worker's step.
 
     >>> _held_seconds([(0.0, 3.0), (2.0, 1.0)], 3.0)

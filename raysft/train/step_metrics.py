@@ -1,4 +1,4 @@
-"""The records that are logged of steps and evaluations, from what was planned and what was measured."""
+"""The records logged for steps and evaluations, from what was planned and what was measured."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class StepMetrics:
 
 
 def worker_values(phases: Phases, device: torch.device) -> dict[str, float | None]:
-    """Return what a worker tells of itself now: the values of ``raysft.telemetry.ray_metrics.WORKER_GAUGES``."""
+    """Return what a worker currently reports about itself: the values of ``raysft.telemetry.ray_metrics.WORKER_GAUGES``."""
     times = phases.last_step
     return {
         "raysft_worker_step_seconds": times and times.step,
@@ -111,7 +111,7 @@ def worker_values(phases: Phases, device: torch.device) -> dict[str, float | Non
 
 
 def training_results(row_plan: Any, cursor: Cursor, model: Any) -> dict[str, float]:
-    """Say how much was trained, since the first step of the run."""
+    """Say how much was trained since the first step of the run."""
     return {
         "total_flos": trainer_flops(model, cursor.tokens),
         "num_input_tokens_seen": cursor.tokens,
@@ -130,7 +130,7 @@ def setup_done(
     data_seconds: float,
     log: list[dict[str, Any]],
 ) -> SetupDone:
-    """Make the event of a model that is loaded.
+    """Make the event of a loaded model.
 
     Args:
         model: the transformers or peft model inside the engine.

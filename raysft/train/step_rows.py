@@ -1,4 +1,4 @@
-"""The rows that a worker trains on in a step: they are compared with the row plan, and named in messages."""
+"""The rows that a worker trains on in a step: compared with the row plan, and named in messages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def cut(batch: Batch, rows: int) -> Iterator[Batch]:
 
 
 def with_targets(part: Batch) -> Batch:
-    """Move labels to the tokens that predict them, as ``targets``, and with them the weights and sources of their losses.
+    """Move labels to the tokens that predict them, as ``targets``, along with the weights and sources of their losses.
 
     Rows may be cut anywhere after that.
     """
@@ -49,7 +49,7 @@ def checked(batch: Batch | None, source: Any, index: int, rank: int, group: int,
         groups: their number.
 
     Raises:
-        RuntimeError: it holds others. This may concern one worker alone, and a restart from the checkpoint may fix it.
+        RuntimeError: it holds others. This may concern only one worker, and a restart from the checkpoint may fix it.
     """
     expected = source.rows_for_rank(index, group, groups)
     if batch is None or not np.array_equal(batch["row"], expected):
@@ -59,7 +59,7 @@ def checked(batch: Batch | None, source: Any, index: int, rank: int, group: int,
 
 
 def current(source: Any, phases: Phases, group: int, groups: int) -> str:
-    """Name a worker's rows in the current step, and their records; empty outside of a step, or if it has none."""
+    """Name a worker's rows in the current step, and their records; empty outside a step, or if it has none."""
     if phases.phase not in TRAINING:
         return ""
     rows = [row for row in source.rows_for_rank(phases.step - 1, group, groups).tolist() if row >= 0]

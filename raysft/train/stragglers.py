@@ -1,7 +1,7 @@
-"""Workers that are slower than the others: every few steps all tell how long they needed, and the first one names the slowest.
+"""Workers that are slower than the others: every few steps all report how long they took, and the first one names the slowest.
 
 A step takes all workers the same time, since they wait for each other in its collectives. What differs is the time before them:
-waiting for rows, and the forward pass, which with ZeRO-3 gathers weights from all workers and then tells nothing, either.
+waiting for rows, and the forward pass, except that with ZeRO-3 it gathers weights from all workers, and so says nothing either.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from raysft.telemetry.events import Emit, StepRecord, WorkerSlow
 EVERY_STEPS = 20
 """Steps between two comparisons."""
 FACTOR = 1.2
-"""Times the median of the others from which a worker is called slow."""
+"""Multiple of the others' median from which a worker is called slow."""
 LEAST_SHARE = 0.05
-"""Share of a step by which it must be slower: what is less costs nobody anything."""
+"""Share of a step by which it must be slower: anything less costs nobody time."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def slowest(times: Sequence[WorkerTimes], forward_counts: bool = True) -> Slow |
 
 
 class Stragglers:
-    """Compares the workers of a training; all of them call it alike."""
+    """Compares the workers of a training run; all of them call it alike."""
 
     def __init__(self, device: torch.device, emit: Emit, forward_counts: bool) -> None:
         """
@@ -119,7 +119,7 @@ class Stragglers:
             return
         mine = [*(self._sums / self._steps).tolist(), record.memory_gib, _clock(self._device)]
         self._sums, self._steps = np.zeros(3), 0
-        together = torch.zeros(self._workers * len(mine), device=self._device)  # gloo takes no other shape
+        together = torch.zeros(self._workers * len(mine), device=self._device)  # gloo accepts no other shape
         dist.all_gather_into_tensor(together, torch.tensor(mine, device=self._device))
         if not self._places:
             self._places = _places(self._workers, self._device)
@@ -141,10 +141,10 @@ def _places(workers: int, device: torch.device) -> list[str]:
 
 
 def _clock(device: torch.device) -> float:
-    """Clock of the GPU's multiprocessors in MHz; 0 if it is not known."""
+    """Clock of the GPU's multiprocessors in MHz; 0 if it is unknown."""
     if device.type != "cuda":
         return 0.0
     try:
         return float(torch.cuda.clock_rate(device))
-    except Exception:  # without NVML, or where the driver does not tell
+    except Exception:  # without NVML, or where the driver does not report it
         return 0.0

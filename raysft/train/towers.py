@@ -1,4 +1,4 @@
-"""The parts of a model that only images go through, called for each microbatch where all workers must call them."""
+"""The parts of a model that only images go through, called for every microbatch where all workers must call them."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from raysft.models.processor import NEIGHBOUR
 from raysft.train.objective import embedding_noise
 
 FEATURES = ("pooler_output", "deepstack_features")
-"""What a decoder takes of ``get_image_features``."""
+"""What a decoder takes from ``get_image_features``."""
 
 
 class Towers:
-    """Knows what a model needs beside tokens, positions and pixels.
+    """Knows what a model needs besides tokens, positions and pixels.
 
     With ZeRO-3, calling a tower gathers its weights from all workers; with trained weights in a tower, each worker must have
-    gradients of them. So where one of both holds, a microbatch without images sends one blank image through the towers, and adds 0
-    times what comes out of them to the embeddings. Nothing enters the rows.
+    gradients for them. So where either holds, a microbatch without images sends one blank image through the towers, and adds 0
+    times their output to the embeddings. Nothing enters the rows.
     """
 
     def __init__(self, model: Any, processor: Any, device: torch.device, partitioned: bool) -> None:
@@ -52,11 +52,11 @@ class Towers:
         self._kinds, self._image = kinds_argument(decoder), getattr(decoder.config, "image_token_id", None)
 
     def kinds(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the kind of each token, for a model that lets the tokens of an image attend to each other both ways."""
+        """Return the kind of each token, for a model in which the tokens of an image attend to each other both ways."""
         return {} if self._kinds is None else {self._kinds: (input_ids == self._image).long()}
 
     def called(self, decoder: Any, embedded: torch.Tensor) -> torch.Tensor:
-        """Return the embeddings of rows without images, after the towers were called if all workers call them."""
+        """Return the embeddings of rows without images, after calling the towers if all workers call them."""
         if self._blank is None:
             return embedded
         total = torch.stack([part.float().sum() for part in features_of(decoder, self._blank)]).sum()
@@ -64,7 +64,7 @@ class Towers:
 
 
 def features_of(decoder: Any, images: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """Return what a decoder takes of the features of images (``media_inputs``)."""
+    """Return what a decoder takes from the features of images (``media_inputs``)."""
     features = decoder.get_image_features(**images)
     return [part for name in FEATURES for part in _tensors(getattr(features, name, None))]
 
@@ -77,7 +77,7 @@ def changed_embeddings(
 
     Args:
         decoder: the model without its output head.
-        towers: None if no data has images.
+        towers: None if the data has no images.
         text_alone: the microbatch has no images.
         noise: its strength, and the length of the example of each token, in the shape of the tokens; None for none.
     """

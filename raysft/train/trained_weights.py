@@ -15,7 +15,7 @@ from raysft.models.new_tokens import vocabulary_modules
 
 
 def choose_weights(model: Any, config: Config) -> None:
-    """Freeze the weights of a model that the config does not train; adapters freeze all of them by themselves.
+    """Freeze the weights of a model that the config does not train; adapters freeze all of them on their own.
 
     Raises:
         RequestError: the model has no such parts, layers or modules.
@@ -28,7 +28,7 @@ def choose_weights(model: Any, config: Config) -> None:
 
 
 def freeze(model: nn.Module, config: Config) -> None:
-    """Freeze all weights but those that ``model.freeze`` and, of parts for images, ``model.train_parts`` name.
+    """Freeze all weights except those that ``model.freeze`` and, for the vision parts, ``model.train_parts`` name.
 
     Raises:
         RequestError: the model has no such layers or modules.
@@ -60,7 +60,7 @@ def freeze(model: nn.Module, config: Config) -> None:
 
 
 def trained_layers(config: Config, count: int) -> list[int]:
-    """Return the layers, of so many, that ``finetuning: freeze`` trains.
+    """Return the layers, out of this many, that ``finetuning: freeze`` trains.
 
     Raises:
         RequestError: the model has no such layers.

@@ -21,15 +21,15 @@ from raysft.train.sequence_group import ALONE, SequenceGroup
 
 @dataclass
 class End:
-    """Whether a training ends before the end of its row plan. All workers know the same."""
+    """Whether a training run ends before the end of its row plan. The same on all workers."""
 
     reason: str = ""
     """Why it ends; empty if it continues."""
     failed: bool = False
-    """True if it ends because it cannot continue as it was asked to."""
+    """True if it ends because it cannot continue as requested."""
 
     def fail(self, reason: str) -> None:
-        """End because the training cannot continue as it was asked to."""
+        """End because the training cannot continue as requested."""
         self.reason, self.failed = reason, True
 
 
@@ -42,7 +42,7 @@ class Training:
     lr_scheduler: Any
     device: torch.device
     emit: Emit
-    """Does nothing on other workers than the first."""
+    """Does nothing on workers other than the first."""
     phases: Phases
     outside: Outside
     log: deque[dict[str, Any]]
@@ -51,7 +51,7 @@ class Training:
     """Optimizer steps done before it started or resumed."""
     end: End
     images: ImageInputs | None = None
-    """Makes the pixels of images; None if there are none in the data."""
+    """Makes the pixels of images; None if the data has none."""
     group: SequenceGroup = ALONE
     """The workers that have the same rows as this one."""
 
@@ -71,7 +71,7 @@ class Training:
 
     @contextmanager
     def to_export(self) -> Iterator[tuple[Any, Any]]:
-        """Give the current model, with the weights to use, and its tokenizer, to be written in the block. All workers call it."""
+        """Yield the current model, with the weights to use, and its tokenizer, to be written in the block. All workers call it."""
         self.phases.enter("export")
         with averaged(self.engine):
             yield self.model, self.job.tokenizer()

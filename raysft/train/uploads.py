@@ -1,8 +1,8 @@
-"""Inputs on their way to the device: copied while it still computes, and with what it would otherwise have to be asked for.
+"""Inputs on their way to the device: copied while it still computes, along with what it would otherwise have to be asked for.
 
-A GPU works behind the processor that tells it what to do. Whenever the processor asks for a number that the GPU has yet to compute
-(which tokens have a loss, where examples begin), both wait for each other, and the GPU has nothing to do afterwards. So such
-numbers are found here, before the rows are copied.
+A GPU lags behind the CPU that tells it what to do. Whenever the CPU asks for a number that the GPU has yet to compute (which
+tokens have a loss, where examples begin), both wait for each other, and the GPU has nothing to do afterwards. So such numbers
+are computed here, before the rows are copied.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from raysft.models.examples import Examples
 def uploaded(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Return the inputs, which may be nested, with their tensors on the device; everything else stays.
 
-    A GPU copies them from pinned memory on a stream of its own, beside what it computes; what is computed next waits for them.
+    A GPU copies them from pinned memory on a separate stream, while it computes; what is computed next waits for them.
     """
     if device.type != "cuda":
         return _mapped(lambda tensor: tensor.to(device), inputs)
@@ -29,7 +29,7 @@ def uploaded(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
     def copied(tensor: torch.Tensor) -> torch.Tensor:
         there = tensor.pin_memory().to(device, non_blocking=True)
-        there.record_stream(current)  # else its memory could be given away while it is in use there
+        there.record_stream(current)  # otherwise its memory could be reused while it is in use there
         return there
 
     with torch.cuda.stream(side):
@@ -52,7 +52,7 @@ def _side_stream(device: torch.device) -> Any:
 
 
 def predicting(targets: np.ndarray) -> torch.Tensor:
-    """Return the places, in all rows one after the other, of the tokens that predict one with a loss; the first one if none does.
+    """Return the places, in all rows one after another, of the tokens that predict one with a loss; the first one if none does.
 
     The other workers call the head and send gradients then, so this one must do the same.
 
@@ -62,7 +62,7 @@ def predicting(targets: np.ndarray) -> torch.Tensor:
     [0]
 
     Args:
-        targets: [rows, tokens] what each token is to predict.
+        targets: [rows, tokens] what each token should predict.
     """
     places = np.flatnonzero(targets != IGNORE_INDEX)
     return torch.as_tensor(places if len(places) else np.zeros(1, dtype=np.int64))

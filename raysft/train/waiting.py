@@ -1,4 +1,4 @@
-"""How one worker waits for its rows, and what it hears from outside meanwhile."""
+"""How one worker waits for its rows, and what it hears from outside in the meantime."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from raysft.train.saving import Checkpoints
 from raysft.train.training import Training
 
 LOOK_SECONDS = 1.0
-"""Time between two looks for a request to stop while a worker waits for its rows."""
+"""Time between two checks for a request to stop while a worker waits for its rows."""
 
 
 class Requests:
-    """Does what any worker was asked for: a checkpoint, or the end of the training."""
+    """Does what any worker was asked to do: save a checkpoint, or end the training."""
 
     def __init__(self, training: Training, trigger: CheckpointTrigger, checkpoints: Checkpoints) -> None:
         self._training, self._trigger, self._checkpoints = training, trigger, checkpoints
 
     def heard(self, cursor: Cursor, noticed: bool, late: bool, over: bool) -> None:
-        """Take what the workers shared in a step or a wait.
+        """Process what the workers shared in a step or a wait.
 
         Args:
             cursor: after the step.
@@ -39,17 +39,17 @@ class Requests:
             self._training.stop_as_asked()
 
     def look(self, cursor: Cursor, *more: bool) -> list[bool]:
-        """Do together what any worker was asked for while all wait; returns for each further value whether any worker says so."""
+        """Do together what any worker was asked to do while all wait; returns, for each of ``more``, whether any worker says so."""
         training = self._training
         noticed, late, over, *others = any_worker(*self._trigger.requests(), *more, device=training.device)
-        trained = cursor.step > training.first_step  # else there is nothing to save, and the first step will hear it
+        trained = cursor.step > training.first_step  # else there is nothing to save; the first step will hear it
         self.heard(cursor, noticed and trained, late and trained, over)
         if trained and not training.end.reason:
             self._checkpoints.save_if_due(cursor)
         return others
 
     def hears_the_end(self, cursor: Cursor) -> bool:
-        """Look for what is asked, and return True if the training is to end."""
+        """Check for requests, and return True if the training should end."""
         self.look(cursor)
         return bool(self._training.end.reason)
 
@@ -62,7 +62,7 @@ class StepRows:
         Args:
             training: which the rows are for.
             ahead: reads them.
-            requests: looked for while any worker waits.
+            requests: checked while any worker waits.
         """
         self._training, self._ahead, self._requests = training, ahead, requests
         self.are_late = False
@@ -78,16 +78,16 @@ class StepRows:
         return self._ahead.ready
 
     def wait_for_first(self, cursor: Cursor) -> None:
-        """Wait for the first step's rows, which is a part of the setup."""
+        """Wait for the first step's rows, which is part of the setup."""
         (self.are_late,) = any_worker(not self.ready, device=self._training.device)
         self.wait_for_next(cursor)
 
     def wait_for_next(self, cursor: Cursor) -> None:
-        """Wait until all workers have their rows, or the training is to end.
+        """Wait until all workers have their rows, or the training should end.
 
-        They may never come: Ray starts no tasks on a node that it drains, and those that read rows may have no other. So while any
-        worker waits for its rows, all of them look together for what was asked. A worker whose rows cannot be read does not wait
-        for those of the others.
+        They may never come: Ray starts no tasks on a node that it drains, and those that read rows may have no other. So while
+        any worker waits for its rows, all of them check for requests together. A worker whose rows cannot be read does not wait for
+        those of the others.
         """
         self.own_wait, self.wait, late = 0.0, 0.0, self.are_late
         while late and not self._ahead.failed and not self._training.end.reason:
@@ -103,7 +103,7 @@ class StepRows:
         return self._ahead.take()
 
     def _wait_in(self, phase: Phase, step: int) -> None:
-        """Tell the watchdog whom all wait for; a wait that continues is not progress. The first rows belong to the setup."""
+        """Tell the watchdog whom all are waiting for; a continuing wait is not progress. The first rows belong to the setup."""
         phases = self._training.phases
         if phases.phase != "setup" and (phases.phase != phase or phases.step != step):
             phases.enter(phase, step)

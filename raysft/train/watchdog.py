@@ -1,7 +1,7 @@
-"""Finds workers that hang: each worker watches itself, tells the driver, keeps its stacks, and ends when nothing helps.
+"""Finds workers that hang: each worker watches itself, tells the driver, saves its stacks, and ends when nothing helps.
 
-Ray Train asks an actor's main thread whether it lives, and the training runs in another one: nobody would notice. When a worker
-stops, the others wait for it in a collective, so that all of them show no progress; the phase of each says who keeps whom.
+Ray Train asks an actor's main thread whether it is alive, but training runs in another thread: nobody would notice. When a
+worker stops, the others wait for it in a collective, so none of them makes progress; their phases say who is holding up whom.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ EXIT_CODE = 86
 LEAST_SECONDS = 120.0
 """Time without progress from which a worker is called stuck, unless ``train.hang_minutes`` is less than twice as long."""
 STEPS = 10
-"""Steps of usual length that a worker may take for one before it is called stuck."""
+"""How many times a step's usual length a worker may take for one before it is called stuck."""
 PATIENCE: dict[Phase, int] = {"setup": 4, "export": 4, "generation": 4, "decision": 4}
-"""Phases that may take longer, since a model is large or another process computes or decides, and how many times longer."""
+"""Phases that may take longer, because a model is large or another process computes or decides, and how many times longer."""
 ALIVE_SECONDS = 60.0
 """Time between two signs of life to the driver."""
 
@@ -33,7 +33,7 @@ Report = Callable[[WorkerHangs | WorkersAlive], None]
 
 
 class Watchdog:
-    """A thread that looks at the phases of this worker; it costs the training nothing."""
+    """A thread that watches the phases of this worker; it costs the training nothing."""
 
     def __init__(
         self,
@@ -50,11 +50,11 @@ class Watchdog:
         Args:
             phases: of this worker.
             rank: of this worker.
-            workers: number of all.
+            workers: number of all workers.
             where: its host and GPU.
             folder: where stacks are kept (``diagnosis`` of the run directory).
             report: sends to the driver; every worker calls it.
-            hang_minutes: ``train.hang_minutes``; None to end never.
+            hang_minutes: ``train.hang_minutes``; None to never end the process.
             end: ends the process.
         """
         self._phases, self._rank, self._workers, self._where = phases, rank, workers, where
@@ -66,8 +66,8 @@ class Watchdog:
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
-        # Python's own thread writes the stacks and ends the process if this one cannot run, because another keeps the lock.
-        # A name of its own: a process that is killed leaves its file, which may be another user's.
+        # Python's own thread writes the stacks and ends the process if this one cannot run because another holds the lock.
+        # A unique name: a killed process leaves its file behind, which may be another user's.
         self._own_stacks = tempfile.NamedTemporaryFile(
             "w", encoding="utf-8", prefix=f"raysft-stacks-{os.getpid()}-", suffix=".txt", delete=False
         )
@@ -110,7 +110,7 @@ class Watchdog:
         if progressed != self._told or ends:
             self._told = progressed
             stacks = ""
-            with suppress(OSError):  # a disk that is full must not keep a worker from ending
+            with suppress(OSError):  # a full disk must not keep a worker from ending
                 stacks = self._keep_stacks(phase, idle)
             step = self._phases.step
             self._report(WorkerHangs(self._rank, self._workers, self._where, step, phase, round(idle), stacks, ends))

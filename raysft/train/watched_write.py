@@ -1,7 +1,7 @@
-"""Write the trained model while all workers look whether the run is asked to stop.
+"""Write the trained model while all workers watch for a request to stop.
 
-That takes minutes for a large model and cannot be interrupted, and the machine may go before it is done. So the work that is not
-saved yet is saved as soon as the run is asked to stop, and the same command then only has to write the model.
+Writing takes minutes for a large model and cannot be interrupted, and the machine may disappear before it is done. So any
+unsaved work is saved as soon as the run is asked to stop, and the same command then only has to write the model.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ def watched(work: Callable[[], None], asked: Callable[[], bool], react: Callable
     """Do work in a thread of the first worker. A collective.
 
     Args:
-        work: what the first worker alone does.
+        work: what only the first worker does.
         asked: True if the run is asked to stop; the first worker's answer counts.
         react: called once by all workers together, if the run is asked to stop before the work is done.
         device: for the collectives.
 
     Raises:
-        BaseException: what the work raised; on the first worker alone.
+        BaseException: what the work raised; on the first worker only.
     """
     failures: list[BaseException] = []
 

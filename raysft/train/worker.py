@@ -59,7 +59,7 @@ def _train(settings: dict[str, Any]) -> None:
     torch.set_num_threads(settings["threads"])
     check_alone(job.config, ray.train.get_context().get_local_world_size())
     reasons: list[str] = []
-    """Why the driver asks to stop; known to the first worker alone, from which the others learn it."""
+    """Why the driver asks to stop; known only to the first worker, from which the others learn it."""
     if rank == 0:
         mailbox.listen(reasons.append)
     decide = receiver(settings["decisions"]) if settings["decisions"] is not None else None
@@ -80,7 +80,7 @@ def _train(settings: dict[str, Any]) -> None:
 
 
 def check_alone(config: Config, together: int) -> None:
-    """Refuse to compute experts beside another worker of this node, where Ray has put both although there was room elsewhere.
+    """Refuse to compute experts alongside another worker on this node, if Ray put both here although there was room elsewhere.
 
     Args:
         config: the run's config.
