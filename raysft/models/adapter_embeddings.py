@@ -1,7 +1,7 @@
-"""Adapters with embeddings of another size than their base's: trained after ``resize_token_embeddings``, as for new tokens.
+"""Adapters whose embeddings differ in size from their base's: trained after ``resize_token_embeddings``, as for new tokens.
 
 peft saves the whole embedding and output head of such a model with its adapter (``save_embedding_layers``), and loads them only
-into a model that has been resized before.
+into a model that has already been resized.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from raysft.errors import RequestError
 from raysft.models.weight_files import adapter_shapes
 
 WHOLE = re.compile(r"((base_layer|original_module|modules_to_save|token_adapter)\.)*weight")
-"""What follows a module's name in that of its whole weight, as the tuners of peft wrap it."""
+"""What follows a module's name in the name of its whole weight, as peft's tuners wrap it."""
 
 
 def fit_embeddings(model: Any, adapter: Path, least: int = 0) -> int:
@@ -23,7 +23,7 @@ def fit_embeddings(model: Any, adapter: Path, least: int = 0) -> int:
     Args:
         model: a base, perhaps with other adapters merged into it.
         adapter: the folder of the adapter.
-        least: how many it has from adapters before.
+        least: how many it has from earlier adapters.
 
     Returns:
         How many the adapter holds; 0 if it trains none.

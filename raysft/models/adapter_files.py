@@ -1,4 +1,4 @@
-"""The files of an adapter: its configuration, and the model that it belongs to."""
+"""The files of an adapter: its configuration, and the model to which it belongs."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ MADE = re.compile(r"(dequantized|expanded|extended|merged|scaled)-[0-9a-f]{16}")
 """Names of models that raysft makes in its cache: of quantized ones, or with new layers, new tokens, scaled positions, or adapters
 merged into them."""
 PROMPTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "ADAPTION_PROMPT")
-"""Kinds of adapters that change no weights, but put states of their own before a text."""
+"""Kinds of adapters that change no weights, but put their own states before a text."""
 
 
 def check_packable(adapter: Path, named: str) -> None:
-    """Refuse an adapter whose effect packed rows cannot have.
+    """Refuse an adapter that has no correct effect on packed rows.
 
     Args:
         adapter: its folder.
@@ -85,12 +85,12 @@ def adapter_base(model: Path) -> Path | None:
 
 
 def base_name(path: str) -> tuple[str, str | None]:
-    """Return the name by which an adapter's configuration knows its base, and the commit of one on the hub."""
+    """Return the name by which an adapter's configuration knows its base, and the commit of one on the Hub."""
     return hub_snapshots.split(path) if on_hub(path) else (path, None)
 
 
 def named_base(adapter: Path) -> str | None:
-    """Return the name of the base model in an adapter's configuration; of one on the hub with its revision, if that is there."""
+    """Return the name of the base model in an adapter's configuration; for one on the Hub with its revision, if there is one."""
     description = read_adapter_config(adapter)
     named, revision = description.get("base_model_name_or_path"), description.get("revision")
     if named and revision and may_be_on_hub(str(named)) and not Path(str(named)).exists():

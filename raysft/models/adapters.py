@@ -1,4 +1,4 @@
-"""Adapters that exist already: merge them into the model, or continue training them."""
+"""Existing adapters: merge them into the model, or continue training them."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def find_adapter(config: Config, model: str, notify: Callable[[str], None]) -> t
 
     Args:
         config: the run's config.
-        model: folder or hub id of the model without adapters.
+        model: folder or Hub id of the model without adapters.
         notify: receives a line for the user before something that takes long.
 
     Raises:
-        RequestError: an adapter is missing or is not of the kind that the config trains.
+        RequestError: an adapter is missing, or is not of the kind that the config trains.
     """
     places = [_place(path, notify) for path in config.model.adapters]
     folders = [_folder(path, place) for path, place in zip(config.model.adapters, places, strict=True)]
@@ -53,8 +53,8 @@ def find_adapter(config: Config, model: str, notify: Callable[[str], None]) -> t
 
 
 def _place(path: str, notify: Callable[[str], None]) -> str:
-    """Return an adapter's folder or URI, or its id on the hub with the commit."""
-    if "/" in path and may_be_on_hub(path) and not Path(path).exists():  # adapters on the hub have an owner
+    """Return an adapter's folder or URI, or its Hub id with the commit."""
+    if "/" in path and may_be_on_hub(path) and not Path(path).exists():  # adapters on the Hub have an owner
         return find_on_hub(path, "model.adapters", notify, marks=("adapter_config.json",))
     return StoragePath.of(path).location
 
@@ -100,7 +100,7 @@ def _check_form(folder: Path, hf_config: Mapping[str, Any], config: Config) -> N
 
 
 def _check_tokens(folder: Path, path: str, model: str, runs_code: bool) -> None:
-    """Refuse an adapter with embeddings whose tokens have other ids than the model's: each would mean another token."""
+    """Refuse an adapter with embeddings whose tokens have ids other than the model's: each would mean a different token."""
     has_tokenizer = any((folder / name).exists() for name in ("tokenizer_config.json", "tokenizer.json"))
     if not has_tokenizer or not holds_embeddings(folder):
         return
@@ -154,14 +154,14 @@ def load_adapter(model: Any, folder: str | Path, **options: Any) -> Any:
     import torch
     from peft import PeftModel
 
-    # Otherwise peft reads the weights through a GPU wherever the process sees one, also for a model on the CPU.
+    # Otherwise peft reads the weights through a GPU wherever the process sees one, even for a model on the CPU.
     device = next(model.parameters()).device
     options.setdefault("torch_device", "cpu" if device.type == "meta" else str(device))
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "Found missing adapter keys")
         warnings.filterwarnings("ignore", ".*a tied layer is part of the adapter")  # merge_adapter unties them
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # peft reads its former name
-        # It looks for the ranks of parameters, which it has applied, among modules.
+        # It looks among modules for the ranks of parameters, which it has applied.
         warnings.filterwarnings("ignore", ".*pattern keys did not match.*gate_up_proj", RuntimeWarning)
         try:
             adapted = PeftModel.from_pretrained(model, str(folder), **options)
@@ -238,7 +238,7 @@ def merge_adapter(model: Any, each_layer: Callable[[Any], None] | None = None) -
 
 
 def _unwrap(model: Any) -> None:
-    """Put trained modules that hold others, such as projectors, in place of the former ones: peft does it for LoRA alone."""
+    """Replace the original modules by trained ones that hold others, such as projectors: peft does so only for LoRA."""
     from peft.utils import ModulesToSaveWrapper
 
     for name, module in list(model.named_modules()):

@@ -19,7 +19,7 @@ def read_hf_config(
 
     Args:
         config: names the models whose code may run.
-        model: folder or hub ID.
+        model: folder or Hub id.
         path: its name, for trust in its code and for messages.
         notify: receives a line if something is not used.
         key: the setting that names the model.
@@ -46,7 +46,7 @@ def read_hf_config(
     _check_causal(hf_config, named, path in config.model.trust_remote_code)
     if not hub_snapshots.is_snapshot(
         Path(model)
-    ):  # weights on the hub are fetched, and then checked, where they are loaded
+    ):  # weights on the Hub are fetched, and then checked, where they are loaded
         check_weights(Path(model), named)
         if method_of(hf_config) is None:
             check_described(Path(model))
@@ -54,7 +54,7 @@ def read_hf_config(
 
 
 def _check_causal(hf_config: Any, named: str, trusted: bool) -> None:
-    """Refuse models that do not continue text from left to right."""
+    """Refuse models that do not generate text from left to right."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     if trusted and "AutoModelForCausalLM" in (getattr(hf_config, "auto_map", None) or {}):

@@ -27,9 +27,9 @@ EXAMPLEWISE = "examplewise_sdpa"
 WITH_SINKS = "examplewise_with_sinks"
 """The name of ``examplewise_with_sinks`` in transformers."""
 SEQUENCE = "sequence_"
-"""How the names of attention functions begin that exchange tokens with other workers (``sequence_attention``)."""
+"""Prefix of the names of attention functions that exchange tokens with other workers (``sequence_attention``)."""
 OWN = ("examplewise_", SEQUENCE)
-"""How the names of attention functions of raysft begin."""
+"""Prefix of the names of raysft's attention functions."""
 
 
 FLASH = {
@@ -110,7 +110,7 @@ def use_examplewise(model: Any, config: Config) -> None:
 
 
 def _has_sinks(model: Any) -> bool:
-    """Return True if each head has a sink beside its keys, and torch's operations compute the attention."""
+    """Return True if each head has a sink in addition to its keys, and torch's operations compute the attention."""
     eager = attention_implementation(model) == "eager" and can_set_attention(model)
     return eager and any(name.endswith(".sinks") for name, _ in model.named_parameters())
 
@@ -200,7 +200,7 @@ def _examples(
     value: torch.Tensor,
     position_ids: torch.Tensor | None,
 ) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Yield queries, keys and values of each example in packed rows, each as a row of its own."""
+    """Yield queries, keys and values of each example in packed rows, each as a separate row."""
     rows, _, tokens, _ = query.shape
     if position_ids is None or position_ids.shape[-1] != tokens:
         raise NoPositions(f"{type(module).__name__} does not pass positions on, so examples cannot be told apart")
@@ -209,9 +209,9 @@ def _examples(
 
 
 def example_lengths(position_ids: torch.Tensor) -> list[int]:
-    """Return the tokens of each example, over all rows, one after the other.
+    """Return the number of tokens in each example, over all rows, one after another.
 
-    If they are not known from before the pass, a GPU is asked for them, in each layer.
+    If they are not known before the pass, the GPU is asked for them in each layer.
     """
     if (known := known_lengths(position_ids)) is not None:
         return known
@@ -254,7 +254,7 @@ def _each_example(module: Any, examples: Iterable[tuple[torch.Tensor, ...]], opt
         if window is None or window >= tokens:
             outputs.append(sdpa_attention_forward(module, query, key, value, None, **options)[0])
             continue
-        # A part as long as the window sees at most two windows, so that time and memory grow with the tokens, not their square.
+        # A part as long as the window sees at most two windows, so time and memory grow with the tokens, not their square.
         for start in range(0, tokens, window):
             seen, part = slice(max(0, start + 1 - window), start + window), slice(start, start + window)
             visible = _visible(start, min(tokens, part.stop), seen.start, window, query.device)[None, None]
@@ -275,7 +275,7 @@ class NoPositions(Exception):
 
 
 def keep_uncompiled(model: Any) -> None:
-    """Let compiled layers of a model call an attention function of raysft as it is: what it does depends on the rows' examples."""
+    """Let a model's compiled layers call a raysft attention function uncompiled: what it does depends on the rows' examples."""
     from transformers import AttentionInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -291,8 +291,8 @@ def use_plain(model: Any) -> None:
 
 
 def use_masks_for_images(model: Any, config: Config) -> None:
-    """Make a model that gets images compute attention with masks, if the tokens of its images attend to each other, whatever their
-    order (Gemma 3).
+    """Make a model that gets images compute attention with masks, if the tokens of its images attend to each other, regardless
+    of order (Gemma 3).
 
     Raises:
         RunFailed: the config names another kernel.

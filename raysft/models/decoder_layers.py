@@ -1,4 +1,4 @@
-"""The layers of a decoder: where they are, where new ones go, and the config of a model that has more of them."""
+"""The layers of a decoder: where they are, where new ones go, and the config of a model with more of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ INDICES = (
 )  # fmt: skip
 """Keys of models' configs that list indices of layers."""
 FIRST = ("first_k_dense_replace", "max_window_layers", "num_dense_layers")
-"""Keys that count the layers of a kind from the first on."""
+"""Keys that count the layers of a kind, starting with the first."""
 BY_INDEX = ("per_layer_config",)
 """Keys that map indices to settings of layers."""
 DEPTH = "num_hidden_layers"
@@ -40,9 +40,9 @@ def decoder_layers(model: Any) -> tuple[str, int]:
 
 
 def spread_layers(layers: int, chosen: int) -> list[int]:
-    """Return the last layer of each of so many parts of a model, which are as even as possible.
+    """Return the last layer of each of this many parts of a model, which are as even as possible.
 
-    Of a model that was expanded by so many layers, these are the new ones.
+    In a model expanded by this many layers, these are the new ones.
 
     >>> spread_layers(12, 4), spread_layers(7, 3)
     ([2, 5, 8, 11], [1, 3, 6])
@@ -61,7 +61,7 @@ def origins(layers: int, new: int) -> list[int]:
 
 
 def expand_config(hf_config: Any, new: int) -> Any:
-    """Return a model's config with new layers, and all that it says of each layer with them.
+    """Return a model's config with new layers, and with all its per-layer settings adjusted.
 
     Raises:
         RequestError: there are more new layers than layers.
@@ -141,7 +141,7 @@ def check_expanded(model: Any, expanded: Any, new: int) -> None:
 
 
 def _kind(layer: nn.Module) -> Iterator[tuple[Any, ...]]:
-    """Yield all that makes a layer what it is, except where it stands: its modules, their settings, the shapes of weights."""
+    """Yield everything that defines a layer, except its position: its modules, their settings, the shapes of weights."""
     for name, module in layer.named_modules():
         settings = {
             key: value

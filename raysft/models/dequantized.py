@@ -1,9 +1,9 @@
-"""Checkpoints in FP8 (DeepSeek-V3, Qwen3-FP8) and MXFP4 (gpt-oss), dequantized once: as they are, they cannot be trained, nor be
-computed without a GPU that has the kernels.
+"""Checkpoints in FP8 (DeepSeek-V3, Qwen3-FP8) and MXFP4 (gpt-oss), dequantized once: as they are, they cannot be trained, or
+run without a GPU that has the kernels.
 
-The copy is an ordinary one in 16 bits, so that ZeRO-3 partitions it, adapters are merged into it, and every engine loads it. It is
-written weight by weight; transformers' own way loads the whole model on each worker, and takes no matrix whose sides are not
-multiples of a block's, as DeepSeek-V3 has.
+The copy is an ordinary 16-bit model, so ZeRO-3 can partition it, adapters can be merged into it, and every engine can load it.
+It is written weight by weight; transformers itself loads the whole model on each worker, and does not take matrices whose sides
+are not multiples of a block's, as in DeepSeek-V3.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from raysft.storage.model_cache import in_cache
 from raysft.storage.path import StoragePath
 
 FORM = "2"
-"""Of the copies; counts up when the same model gives another one, so that older ones in a cache are not used."""
+"""Version of the copies; increased when the same model yields a different copy, so that older ones in a cache are not used."""
 
 
 def with_exact_weights(
@@ -73,14 +73,14 @@ def exact_copy(cache: StoragePath, model: str, notify: Callable[[str], None], wi
         cache: folder for copies.
         model: folder, URI or hub id of a whole model or an adapter.
         notify: receives a line before a copy is made.
-        with_code: copy the code that the model brings, too. Whoever sees the copy does not know any more where it is from.
+        with_code: copy the code that the model brings, too. The copy no longer shows where it is from.
 
     Raises:
         RequestError: scales are missing, or have other shapes than the config of the model says, or there is no room.
     """
     folder = Path(local_copy(model))
     method, is_adapter = _stored_in(str(folder)), (folder / "adapter_config.json").exists()
-    if not (is_adapter or is_snapshot(folder)):  # weights on the hub are fetched, and then checked, where they are read
+    if not (is_adapter or is_snapshot(folder)):  # weights on the Hub are fetched, and then checked, where they are read
         check_weights(folder, str(folder))
         if method_of(description_of(folder)) is None:
             check_described(folder)
@@ -124,7 +124,7 @@ def _write_adapter(adapter: Path, output: Path, base: str) -> None:
 
 
 def _remove_code(folder: Path) -> None:
-    """Leave only what transformers has classes for, whatever is trusted where the copy is used."""
+    """Keep only what transformers has classes for, no matter what is trusted where the copy is used."""
     for path in folder.glob("*config*.json"):
         content = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(content, dict) and content.pop("auto_map", None):

@@ -1,7 +1,7 @@
-"""Positions that are scaled by the length of a text (``dynamic``, ``longrope``), for each example of a row by itself.
+"""Positions that are scaled by the length of a text (``dynamic``, ``longrope``), for each example of a row separately.
 
-transformers scales all rows of a batch by the longest text in it, or so far: what an example gives would depend on those beside it
-and before it.
+transformers scales all rows of a batch by the longest text in it, or so far: the results for an example would depend on those
+next to it and before it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class _Examplewise:
             lengths, known = examples.lengths_of_tokens.reshape(position_ids.shape), sorted(set(examples.lengths))
         else:
             lengths = lengths_of_tokens(position_ids)
-            known = lengths.unique().tolist()  # for which a GPU must be asked
+            known = lengths.unique().tolist()  # which takes a wait for the GPU
         if self._kind == "longrope":  # all longer ones are scaled alike
             lengths, known = lengths.clamp(max=own + 1), sorted({min(length, own + 1) for length in known})
         found = self._scaled(x, position_ids.where(lengths <= own, 0), own)
@@ -61,12 +61,12 @@ class _Examplewise:
         return found
 
     def _scaled(self, x: torch.Tensor, position_ids: torch.Tensor, length: int) -> Any:
-        """Call the forward pass as for an example of so many tokens, of which some may be elsewhere."""
+        """Call the forward pass as for an example of this many tokens, some of which may be elsewhere."""
         module = self._module
         if length > self._own:
             tokens = torch.tensor(length)  # as a tensor, so that it is rounded as transformers' own
             found, _ = ROPE_INIT_FUNCTIONS[self._kind](module.config, torch.device("cpu"), seq_len=tokens)
-            # From other memory than pinned one, a copy would wait for all that a GPU has yet to compute.
+            # From memory that is not pinned, a copy would wait for everything that a GPU has yet to compute.
             found = found.pin_memory() if x.is_cuda else found
             module.inv_freq = found.to(x.device, non_blocking=True)
         else:

@@ -1,7 +1,7 @@
 """The tokens that end a turn, as a trained model's files name them.
 
-A base model's EOS token ends documents. Training on conversations teaches it another token, and whoever loads the trained model
-must stop there. Files that name the token already stay as they are.
+A base model's EOS token ends documents. Training on conversations teaches it another token, and whatever loads the trained
+model must stop there. Files that already name the token stay unchanged.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where the examples of a microbatch lie: found before its rows are on the device, which would otherwise be asked for it."""
+"""Where the examples of a microbatch lie: found before its rows are on the device, which would otherwise have to be asked."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 @dataclass(frozen=True)
 class Slice:
-    """The part of some rows that a worker computes, all rows one after the other."""
+    """The part of some rows that a worker computes, all rows one after another."""
 
     processes: Any
     """Process group of the workers that have the other parts."""
@@ -27,7 +27,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class Examples:
-    """The examples of some rows, one after the other."""
+    """The examples of some rows, one after another."""
 
     lengths: tuple[int, ...]
     """Tokens of each; padding counts as one."""

@@ -1,4 +1,4 @@
-"""Hashes by which a model, an adapter or a tokenizer is known to be the same, and which files count."""
+"""Hashes that identify a model, an adapter or a tokenizer, and which files count."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from raysft.storage.local_cache import local_copy, on_hub
 
 CODE_SUFFIXES = (".py",)
 MODEL_SUFFIXES = (".safetensors", ".bin", *CODE_SUFFIXES)
-"""Suffixes of the files that decide what a model computes, besides its configuration."""
+"""Suffixes of the files that determine what a model computes, besides its configuration."""
 TOKENIZER_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", *CODE_SUFFIXES)
-"""Suffixes of the files that decide how a model tokenizes and renders conversations; ``.json`` includes configurations."""
+"""Suffixes of the files that determine how a model tokenizes and renders conversations; ``.json`` includes configurations."""
 SAMPLES, SAMPLE_BYTES = 256, 1 << 16
-"""What is hashed of a large file: a model of many GiB takes a second. A training changes all weights, or whole layers."""
+"""What is hashed of a large file: a model of many GiB takes a second. Training changes all weights, or whole layers."""
 
 
 def model_fingerprint(model: str) -> str:
-    """Hash a model's or adapter's configuration, weights and code (of large files samples); of a hub model return its commit."""
+    """Hash a model's or adapter's configuration, weights and code (samples of large files); for a Hub model, return its commit."""
     if on_hub(model):
         return model
     folder = Path(local_copy(model))
@@ -27,7 +27,7 @@ def model_fingerprint(model: str) -> str:
 
 
 def exact_fingerprint(model: str) -> str:
-    """Identify a model or adapter by ``model_fingerprint`` and the times of its files, or a hub model by its commit.
+    """Identify a model or adapter by ``model_fingerprint`` and the times of its files, or a Hub model by its commit.
 
     The samples of a large file may miss a few rows that are edited in place; the file's time does not. A copy of the files counts
     as another model.

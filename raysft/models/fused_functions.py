@@ -1,4 +1,4 @@
-"""The functions of a decoder's layers that ``fused_layers`` puts in place, with their gradients; float32 on CPUs.
+"""The functions that ``fused_layers`` puts into a decoder's layers, with their gradients; float32 on CPUs.
 
 Each says what it computes; ``g`` is the gradient of the output. Intermediate results that nothing else needs are overwritten,
 since memory takes longer than arithmetic. None has a second derivative.
@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 class LoraLinear(Function):
     """x Wᵀ + bias + scaling · x Aᵀ Bᵀ, W and the bias being frozen: they get no gradient (Hu et al. 2021).
 
-    The product with B is added where the product with W lies, so that neither it nor its scaling nor the sum is a tensor of its
-    own; the same in the gradient of x.
+    The product with B is added where the product with W lies, so that neither it nor its scaling nor the sum is a separate
+    tensor; the same in the gradient of x.
     """
 
     @staticmethod

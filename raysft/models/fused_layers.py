@@ -1,14 +1,14 @@
 """Layers of a decoder that compute as their authors wrote them, in fewer passes over memory, for training in float32 on CPUs.
 
-torch runs each operator of a layer by itself: it reads its inputs from memory and writes a new tensor, and the gradient does the
-same in reverse. On a CPU that takes almost half of a step. Here what lies between two large products is one function with a
-gradient of its own, which computes in place: a linear layer with LoRA, RMSNorm, the rotary embedding and SwiGLU. A compiler would
+torch runs each operator of a layer separately: it reads its inputs from memory and writes a new tensor, and the gradient does the
+same in reverse. On a CPU that takes almost half of a step. Here everything between two large products is one function with its
+own gradient, which computes in place: a linear layer with LoRA, RMSNorm, the rotary embedding and SwiGLU. A compiler would
 fuse more, but takes longer than a short training. Results and gradients differ by rounding, in the tests by less than 1e-5 of
 the largest.
 
-Models of other authors have layers that look like Llama's and compute something else, such as dropout or limits, so a layer is
-fused only if its class has the very source of Llama's, and it agrees with its function on a few numbers. Without a gradient the
-original computes, so evaluations give the same numbers to the last bit.
+Other authors' models have layers that look like Llama's but compute something else, such as dropout or limits, so a layer is
+fused only if its class has exactly the source of Llama's, and it agrees with its function on a few numbers. Without a gradient,
+the original computes, so evaluations give the same numbers to the last bit.
 """
 
 from __future__ import annotations

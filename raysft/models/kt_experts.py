@@ -1,10 +1,10 @@
-"""Experts that compute on the CPU in KTransformers' kernel: ``model.experts: kt``.
+"""Experts computed on the CPU by KTransformers' kernel: ``model.experts: kt``.
 
-transformers calls one function for the experts of all architectures. Here it is a function with a gradient of its own around the
-kernel, which has taken the weights over. Their adapter stays with peft, in float32 and on the model's device: its weights are
-copied to the kernel before each pass, and their gradients are those of the function, so that ZeRO, checkpoints and the export find
-what they always find. peft gives gates and ups one A together, the kernel one each: both get the same, and their gradients are
-added.
+transformers calls one function for the experts of all architectures. Here it is a function with its own gradient around the
+kernel, which has taken over the weights. Their adapter stays with peft, in float32 and on the model's device: its weights are
+copied to the kernel before each pass, and their gradients are those of the function, so that ZeRO, checkpoints and the export
+find what they always find. peft gives gates and ups one A together, the kernel one each: both get the same, and their gradients
+are summed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from raysft.models.transformers_internals import expert_modules, is_swiglu
 NAME = "kt"
 """The name of the function in transformers."""
 ARCHITECTURES = ("deepseek_v2", "deepseek_v3", "glm4_moe", "mixtral", "qwen2_moe", "qwen3_moe")
-"""Kinds of models that it is tested with."""
+"""Kinds of models with which it is tested."""
 LEAST_GATE = -88
 """Below about this (exp(88) is the largest power that float32 holds), the kernel has NaN for the gradient of a gate's SiLU, which
 is 0, and so for those of the token's hidden states."""

@@ -1,4 +1,4 @@
-"""LoRA of experts, in exchange between peft's weights and those of KTransformers' kernel."""
+"""LoRA of experts, exchanged between peft's weights and those of KTransformers' kernel."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from raysft.models.kt_internals import Factors
 
 
 class Given:
-    """An adapter's weights as peft has them, in exchange with the kernel's.
+    """An adapter's weights as peft stores them, exchanged with the kernel's.
 
-    peft has the experts' A below each other [experts · rank, inputs], and their B beside each other [outputs, rank · experts].
+    peft stacks the experts' A vertically [experts · rank, inputs], and their B side by side [outputs, rank · experts].
     """
 
     def __init__(self, scales: tuple[float, float], factors: Sequence[torch.Tensor | None]) -> None:

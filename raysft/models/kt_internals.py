@@ -19,7 +19,7 @@ import torch
 from raysft.errors import RequestError, one_line
 
 VERSION = "0.7.2"
-"""The version that raysft is tested with."""
+"""The version with which raysft is tested."""
 MULTIPLE = 32
 """What the sizes of the experts must be multiples of."""
 

@@ -13,7 +13,7 @@ from raysft.storage import hub, hub_snapshots
 
 
 def load_weights(folder: str | Path, **options: Any) -> Any:
-    """Load a language model, which may see images, with ``from_pretrained``, and check that no weight is missing.
+    """Load a language model, which may take images, with ``from_pretrained``, and check that no weight is missing.
 
     Raises:
         RequestError: weights are missing (transformers would draw them at random), misshapen, or cannot be downloaded.

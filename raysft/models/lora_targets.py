@@ -20,7 +20,7 @@ from raysft.models.transformers_internals import weight_conversions
 def linear_layers(model: Any, parts: Container[Part] = ("language",)) -> set[str]:
     """Return the names of all linear layers in some parts of a model, except the output head, routers and the projector.
 
-    The projector of a model for images is trained as a whole.
+    The projector of a vision-language model is trained as a whole.
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -46,7 +46,7 @@ def modules_in(model: Any, parts: Container[Part]) -> list[str]:
 
 
 EXPERTS = "experts"
-"""What experts are called among a model's modules, and among the names of a config."""
+"""What experts are called among a model's modules, and in a config."""
 
 
 def names_experts(target: str) -> bool:
@@ -109,7 +109,7 @@ def targeted_routers(config: Any, model: Any) -> list[str]:
 
 
 def targeted(model: Any, targets: Collection[str], parts: Container[Part]) -> list[str]:
-    """Return what peft is given for names of modules: full names in a model for images, where other parts have the same ones."""
+    """Return what peft is given for names of modules: full names in a vision-language model, where other parts share them."""
     if not sees_images(model):
         return list(targets)
     ends = tuple(f".{target}" for target in targets)
@@ -120,7 +120,7 @@ def set_targets(config: Any, model: Any, parts: Container[Part] = ("language",))
     """Remove routers from a peft config that was made for ``all-linear``; experts stay as peft has them.
 
     For ``all-linear`` peft also targets the weights of the experts of many mixtures, which are not linear layers since
-    transformers 5, and with them those of the routers. Of a model for images, some ``parts`` get adapters.
+    transformers 5, and with them those of the routers. In a vision-language model, some ``parts`` get adapters.
     """
     layers = linear_layers(model, parts)
     fit_to_model(config, model, weight_conversions(model))

@@ -1,4 +1,4 @@
-"""What a model for text and images is given beside the tokens."""
+"""What a vision-language model is given besides the tokens."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def media_inputs(processor: Any, examples: Iterable[Sequence[Any]], apart: bool 
     Args:
         processor: of the model (``models.processor``).
         examples: the PIL images of each, in RGB.
-        apart: give the processor one text for each example, also if it makes the same of one text with all images. Some then give
-            all examples as many images as one has.
+        apart: give the processor one text for each example, even if it makes the same of one text with all images. Some then
+            give all examples as many images as one has.
 
     Returns:
         Tensors by name: ``pixel_values`` and what else the model takes.
@@ -51,7 +51,7 @@ def by_example(media: Sequence[Any], position_ids: Any) -> list[list[Any]]:
 
 
 def image_tokens(processor: Any, image: Any) -> list[int]:
-    """Return the tokens that stand for an image."""
+    """Return the placeholder tokens of an image."""
     text = image_text(processor, *image.size)
     return [int(token) for token in processor.tokenizer(text, add_special_tokens=False)["input_ids"]]
 

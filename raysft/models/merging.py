@@ -49,13 +49,14 @@ def merge(
         model: folder of a whole model, or of an adapter, whose base is found by its configuration.
         output: an existing or new folder.
         runs_code: True if code that comes with the base or an adapter may run.
-        dtype: data type of the weights. Default: the own one of the whole model.
+        dtype: data type of the weights. Default: that of the whole model.
         shard_size: largest size of a file of weights. Default: ``SHARD_SIZE``; a model that is copied keeps its files.
         adapters: folders of adapters to merge, in order.
         base: folder of an adapter's base. Default: found by the adapter's configuration.
 
     Raises:
-        RequestError: a folder holds no such thing, the adapters cannot be merged, or the data type cannot hold the weights.
+        RequestError: a folder does not hold what it should, the adapters cannot be merged, or the data type cannot hold the
+            weights.
     """
     if not any((model / mark).exists() for mark in MODEL_MARKS):
         raise RequestError(f"{model}: contains no trained model; train first (raysft train CONFIG)")
@@ -106,7 +107,7 @@ def _check_generation(folder: Path) -> None:
 
 
 def _check_exact(model: Path, dtype: str | None) -> None:
-    """Refuse to change the data type of a model that is quantized."""
+    """Refuse to change the data type of a quantized model."""
     if dtype and (method := _method(model)):
         raise RequestError(
             f"--dtype {dtype}: {model} is quantized ({method}), so its weights cannot be converted to this type; remove it"
@@ -137,7 +138,7 @@ def _load_exact(base: Path, adapters: Sequence[Path], runs_code: bool) -> Any:
 
 
 def _widen(*modules: Any) -> None:
-    """Convert modules to float32, or what an adapter holds of them would be rounded to the model's type."""
+    """Convert modules to float32; otherwise what an adapter holds of them would be rounded to the model's type."""
     for module in modules:
         if module is not None:
             module.float()
@@ -151,7 +152,7 @@ def _trained_whole(adapter: Path) -> Iterator[str]:
 
 
 def _rounding(model: Any, dtype: str) -> Callable[[Any], None]:
-    """Return what rounds a merged layer, so that not all of them are in float32 at once."""
+    """Return what rounds a merged layer, so that not all layers are in float32 at once."""
     stays = stays_float32(model, dtype)
     kept = {id(parameter) for name, parameter in model.named_parameters() if stays(name)}
     names = {id(parameter): name for name, parameter in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""The class of transformers that a model is made of: for text, or for text and images."""
+"""The transformers class of a model: for text, or for text and images."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from raysft.models.quantization import text_config
 
 
 def auto_class(hf_config: Any) -> Any:
-    """Return the class of transformers that makes a model from its config: for text, or for text and images.
+    """Return the transformers class that makes a model from its config: for text, or for text and images.
 
     Of the few models that transformers can also load as their language model alone (Qwen3.5, Mllama), those whose folder has a
-    processor are loaded whole, so that what is trained can still see.
+    processor are loaded whole, so that the trained model can still take images.
     """
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -43,7 +43,7 @@ def class_of(hf_config: Any) -> Any:
 def loaded_config(hf_config: Any) -> Any:
     """Return the part of a model's config that its training loads: the decoder's, with the quantization of the whole.
 
-    A model for text and images is loaded whole.
+    A vision-language model is loaded whole.
     """
     from transformers import AutoModelForCausalLM
 

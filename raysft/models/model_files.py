@@ -1,6 +1,6 @@
-"""Which files of a folder belong to its model or adapter: those that the hub would give of it, and its licence and card.
+"""Which files of a folder belong to its model or adapter: those that the Hub would have, and its licence and card.
 
-A folder that a training has written holds more, such as the state of its optimizer; one that was cloned holds its history.
+A folder written by training holds more, such as optimizer state; a cloned one holds its history.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 """The index of weights in parts, by format."""
 DOCUMENTS = ("*.md", "LICEN[CS]E*", "NOTICE*", "COPYING*", "USE_POLICY*")
 OF_TRAININGS = ("trainer_state.json", "*_results.json", "zero_to_fp32.py", "running_log.txt", "wandb/*")
-"""Files that trainers leave beside a model, with names like those of its own."""
+"""Files that trainers leave next to a model, with names like those of its own files."""
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -33,7 +33,7 @@ def model_files(folder: Path) -> list[Path]:
 
 
 def other_files(folder: Path) -> list[str]:
-    """Names of what lies in a model's folder and does not belong to it; those of hidden files are left out."""
+    """Names of what is in a model's folder but does not belong to it; hidden files are left out."""
     taken = {path.relative_to(folder).parts[0] for path in model_files(folder)}
     return sorted(path.name for path in folder.iterdir() if path.name not in taken and not path.name.startswith("."))
 

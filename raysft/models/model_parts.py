@@ -1,4 +1,4 @@
-"""The parts of a model for text and images: language model, projector and vision."""
+"""The parts of a vision-language model: language model, projector and vision."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def part_of(model: Any) -> Callable[[str], Part]:
     """Return which part each module and parameter of a model belongs to, by its name.
 
     ``language``: decoder and output head; ``vision``: what encodes images and sound; ``projector``: what is neither, and the part
-    of an encoder that merges its patches into tokens. A model for text alone is ``language``.
+    of an encoder that merges its patches into tokens. A text-only model is ``language``.
     """
     if not sees_images(model):
         return lambda name: "language"
@@ -89,7 +89,7 @@ def loose_weights(model: nn.Module, wanted: Part) -> list[str]:
 
 
 def keep_exact(quantization: Any, hf_config: Any, kind: Any, runs_code: bool = False) -> None:
-    """Let bitsandbytes quantize the language model alone.
+    """Let bitsandbytes quantize only the language model.
 
     Args:
         quantization: the settings of bitsandbytes, changed in place.

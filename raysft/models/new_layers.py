@@ -26,9 +26,9 @@ OUTPUTS = frozenset({
 })  # fmt: skip
 """Names of the projections that end a branch of a layer, in the models of transformers."""
 SCALES = ("layer_scalar",)
-"""Names of factors of a layer's whole output."""
+"""Names of factors on a layer's whole output."""
 DESCRIPTION = "new_layers.json"
-"""File beside a model with new layers that says which these are, and which of their weights are zeroed."""
+"""File next to a model with new layers that says which layers are new, and which of their weights are zeroed."""
 SAMPLE = (2, 24)
 """Rows and tokens of the sample that shows whether a model computes the same."""
 
@@ -124,7 +124,7 @@ def add_layers(model: str, folder: Path, new: int, runs_code: bool = False) -> N
     (folder / DESCRIPTION).write_text(json.dumps({"layers": added, "zeroed": zeroed}), encoding="utf-8")
     del whole, layers, expanded
     after, _ = _sampled(load_weights(folder, **options).eval(), {})
-    # Matrices at other addresses may round otherwise, by some units in the last place.
+    # Matrices at other addresses may round differently, by a few units in the last place.
     allowed = 1e-4 if before.dtype == torch.float32 else 5e-2
     difference = (after.float() - before.float()).abs().max() / before.float().std().clamp(min=1e-12)
     if not difference <= allowed:
@@ -160,8 +160,8 @@ def _sampled(model: Any, layers: dict[int, Any]) -> tuple[Any, dict[int, tuple[A
 def _make_identity(layer: Any, call: tuple[Any, Any], named: str, new: int) -> list[str]:
     """Zero the outputs of a layer's branches, so that it returns what it gets; return the names of the zeroed modules.
 
-    Where a norm follows the projection that ends a branch, the norm's weight is zeroed in its place: after a projection of zeros
-    it would blow the first update up to its full size.
+    Where a norm follows the projection that ends a branch, the norm's weight is zeroed instead: after a projection of zeros it
+    would blow up the first update to its full size.
     """
     import torch
 
@@ -234,7 +234,7 @@ def _norms_of_nothing(layer: Any, call: tuple[Any, Any]) -> dict[str, Any]:
 
 
 def _silence(norm: Any) -> bool:
-    """Set a norm's weight so that it returns zeros whatever it gets; False if none does. Gemma's adds 1 to its weight."""
+    """Set a norm's weight so that it returns zeros for any input; False if none does. Gemma's adds 1 to its weight."""
     import torch
 
     if getattr(norm, "bias", None) is not None:

@@ -75,7 +75,7 @@ def add_tokens(model: str, folder: Path, section: NewTokensSection, runs_code: b
     """Write a copy of a model that has new tokens; all other weights stay as they are.
 
     A new row of the embedding, and of an output head that is not the embedding, is the mean of the rows of the token's
-    description, or of all tokens that the tokenizer had. Rows that only pad the matrix get the mean of all too.
+    description, or of all tokens that the tokenizer had. Rows that only pad the matrix also get the mean of all.
 
     Args:
         model: folder, URI or hub id.

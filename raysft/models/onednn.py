@@ -4,8 +4,8 @@ MKL, which torch uses on CPUs, has AVX-512 kernels for Intel processors only. on
 checks what the processor supports. On an AMD EPYC 9005 it is 2.2 times as fast (503 against 224 GFLOPS for 512 × 576 × 1536 on two
 cores), in full float32: only the order of summation differs.
 
-oneDNN multiplies by weights in a layout of its own, into which it copies them at every call. For the few rows of a step of
-generation that costs as much as the product, so ``pack_linear`` lays them out once, for inference.
+oneDNN multiplies by weights in its own layout, into which it copies them at every call. For the few rows of a generation step
+that costs as much as the product, so ``pack_linear`` lays them out once, for inference.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ times (576 × 1536) to 1.4 times (576 × 49152) for 64 rows, but 0.75 times for 
 def use_onednn() -> bool:
     """Use oneDNN for float32 products in this process if MKL lacks kernels for the processor; returns True if it does.
 
-    The choice depends on the processor alone, never on a measurement, because a resumed run must compute as before.
+    The choice depends only on the processor, never on a measurement, because a resumed run must compute as before.
     """
     return is_slow_with_mkl() and _override() is not None
 
@@ -115,8 +115,8 @@ class PackedLinear(nn.Module):
 def pack_linear(model: nn.Module, rows: int) -> int:
     """Replace the linear layers of a float32 model on a CPU with packed ones, for inference, where that is faster.
 
-    One layer after the other, so that no more than one weight is there twice. A weight that something else uses too, such as the
-    embedding's, stays beside its packed copy.
+    One layer after another, so that no more than one weight exists twice. A weight that something else also uses, such as the
+    embedding's, stays in addition to its packed copy.
 
     Args:
         rows: number of rows of most products: the sequences that are generated at the same time.

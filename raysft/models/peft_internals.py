@@ -32,7 +32,7 @@ def parameter_adapters(model: Any) -> list[Any]:
 
 @contextmanager
 def using_adapter(model: Any, name: str | None) -> Iterator[None]:
-    """Compute with another of a model's adapters, or with none: modules that are trained in full then have their first form.
+    """Compute with another of a model's adapters, or with none: modules that are trained in full then have their original form.
 
     peft's own ways to switch also change which weights are trained, which an engine that holds them would not notice.
     """

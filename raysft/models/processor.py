@@ -1,4 +1,4 @@
-"""The processor of a model for text and images: it knows which tokens stand for an image, and makes pixels of it."""
+"""The processor of a vision-language model: it knows which tokens stand for an image, and turns the image into pixels."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from raysft.errors import RequestError, one_line
 from raysft.models.fingerprint import TOKENIZER_SUFFIXES
 
 FILES = ("processor_config.json", "preprocessor_config.json")
-"""A folder with one of them has a processor beside its tokenizer."""
+"""A folder with one of these has a processor in addition to its tokenizer."""
 NEIGHBOUR = (56, 56)
-"""Pixels of an image that is put beside another one."""
+"""Pixels of an image that is placed next to another one."""
 ROUGH = {"do_rescale": False, "do_normalize": False, "resample": 0}
 """Arguments with which a processor makes pixels of the same number, but other values, in a third of the time."""
 
 
 def has_processor(folder: str | Path) -> bool:
-    """True if a model's folder has a processor beside its tokenizer."""
+    """True if a model's folder has a processor in addition to its tokenizer."""
     return any((Path(folder) / name).is_file() for name in FILES)
 
 
@@ -48,7 +48,7 @@ def load_processor(folder: str | Path, runs_code: bool = False) -> Any:
         raise RequestError(
             f"{folder}: its processor needs a package that is not installed ({one_line(error)}); install it on every node"
         ) from None
-    except Exception as error:  # of any type: its files and the code that they name decide
+    except Exception as error:  # of any type: raised by its files and the code that they name
         raise RequestError(f"{folder}: its processor cannot be loaded ({one_line(error)}); check its files") from None
 
 
@@ -133,10 +133,10 @@ def image_text(processor: Any, width: int, height: int, beside: bool = False) ->
 
 @lru_cache(maxsize=2)
 def differs_alone(processor: Any) -> bool:
-    """True if a processor has other tokens for an image that is alone in its conversation than for one beside others."""
+    """True if a processor has different tokens for an image that is alone in its conversation than for one among others."""
     try:
         alone, beside = (image_text(processor, *NEIGHBOUR, beside=each) for each in (False, True))
-    except Exception:  # it takes no two images in a text
+    except Exception:  # it does not take two images in a text
         return True
     return alone != beside
 

@@ -1,4 +1,4 @@
-"""The files of a processor, which a model's copies carry with them: also those of parts that cannot be loaded here."""
+"""The files of a processor, which copies of a model include: even those of parts that cannot be loaded here."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 from raysft.models.processor import FILES, has_processor
 
 ALL_FILES = (*FILES, "video_preprocessor_config.json")
-"""Descriptions of a processor and its parts. The chat template is the tokenizer's, which is saved beside them."""
+"""Descriptions of a processor and its parts. The chat template is the tokenizer's, which is saved next to them."""
 LEGACY_TEMPLATE = "chat_template.json"
-"""A processor takes it in place of the ``chat_template.jinja`` beside it."""
+"""A processor uses it instead of the ``chat_template.jinja`` next to it."""
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
@@ -24,7 +24,7 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 
 def copy_processor(model: Path, folder: Path) -> None:
-    """Copy the files of a model's processor, and the code that they name, into a folder that has none of its own."""
+    """Copy the files of a model's processor, and the code that they name, into a folder that has none."""
     if not has_processor(model) or has_processor(folder):
         return
     found = [path for name in ALL_FILES if (path := model / name).is_file()]
@@ -35,7 +35,7 @@ def copy_processor(model: Path, folder: Path) -> None:
 
 
 def processor_template(model: Path) -> str | None:
-    """Return the chat template that a model's processor has in a file of its own; None if it has the tokenizer's."""
+    """Return the chat template that a model's processor has in a separate file; None if it has the tokenizer's."""
     if has_processor(model):
         with suppress(OSError, ValueError, AttributeError):
             return json.loads((model / LEGACY_TEMPLATE).read_text(encoding="utf-8")).get("chat_template")

@@ -28,7 +28,7 @@ QUANTIZERS = {
 }
 """Method → the modules that transformers needs to load checkpoints quantized by it."""
 STORED = ("fp8", "mxfp4")
-"""Methods of checkpoints that are dequantized to be computed with (``dequantized``)."""
+"""Methods of checkpoints that are dequantized before use (``dequantized``)."""
 EXACT = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Data types of weights that are not quantized."""
 
@@ -168,7 +168,7 @@ def exact_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 def keep_layout(model: nn.Module) -> None:
     """Keep bitsandbytes from changing the layout of 4-bit weights on a CPU when they are first used without gradients.
 
-    That layout multiplies in bfloat16, also where float32 is asked for (seen with 0.50.2: logits of SmolLM2-135M that are off
+    That layout multiplies in bfloat16, even where float32 is asked for (seen with 0.50.2: logits of SmolLM2-135M that are off
     by 0.5), and gradients that flow through it in later steps come out wrong (a third of their norm).
     """
     for module in model.modules():

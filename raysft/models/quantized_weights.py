@@ -1,4 +1,4 @@
-"""Weights in FP8 and MXFP4, read as the numbers that they stand for."""
+"""Weights in FP8 and MXFP4, read as the numbers that they represent."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 FP8 = ("F8_E4M3", "F8_E5M2")
 """Data types of 8-bit weights by their names in safetensors."""
 SCALES = ("_scale_inv", "_scale")
-"""How the scale of a weight in FP8 is called, after the weight."""
+"""Suffixes of the scale of a weight in FP8, after the weight's name."""
 UNUSED = (".activation_scale", "_activation_scale", ".input_scale", "_input_scale", ".k_scale", ".v_scale")
-"""How the names end of what only multiplying, or a cache, in FP8 needs."""
+"""Suffixes of what only multiplication or a cache in FP8 needs."""
 ALONE = (".weight_scale_inv", "_proj_scale_inv", ".weight_scale")
-"""How the names of scales of FP8 end that are nothing without a weight."""
+"""Suffixes of FP8 scales that mean nothing without a weight."""
 BLOCKS, BLOCK_SCALES = "_blocks", "_scales"
-"""How the two parts of a weight in MXFP4 are called."""
+"""Suffixes of the two parts of a weight in MXFP4."""
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-"""What the 16 numbers of FP4 (E2M1) stand for (OCP Microscaling Formats 1.0)."""
+"""The values of the 16 numbers of FP4 (E2M1; OCP Microscaling Formats 1.0)."""
 BLOCK_BYTES = 16
 """Bytes of a group of MXFP4, of two numbers each."""
 EXPONENTS = ("U8", "F8_E8M0")
@@ -186,7 +186,7 @@ class QuantizedWeights:
 
 
 def check_described(model: Path) -> None:
-    """Refuse weights with scales that ``config.json`` does not speak of: they would be read without them.
+    """Refuse weights with scales that ``config.json`` does not mention: they would be read without them.
 
     Args:
         model: folder of a model whose config names no quantization, with its weights in ``*.safetensors`` or others.
@@ -212,7 +212,7 @@ def scale_of(name: str, names: Container[str]) -> str | None:
 
 
 def is_scale(name: str, names: Container[str]) -> bool:
-    """Return True for the scale of a weight that is there, too."""
+    """Return True for the scale of a weight that also exists."""
     return any(name.endswith(end) and name.removesuffix(end) in names for end in SCALES) or (
         name.endswith(BLOCK_SCALES) and name.removesuffix(BLOCK_SCALES) + BLOCKS in names
     )

@@ -1,4 +1,4 @@
-"""Layers that keep their inputs alone and are computed again in the backward pass: ``train.gradient_checkpointing``."""
+"""Layers that keep only their inputs and are recomputed in the backward pass: ``train.gradient_checkpointing``."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def recompute_layers(
 ) -> None:
     """Make a model, with its adapters, compute its layers again in the backward pass.
 
-    transformers then lets all embeddings have gradients, which only another kind of recomputation needs. Those of the patches of
-    images would send a frozen tower through a backward pass for nothing.
+    transformers then lets all embeddings have gradients, which only another kind of recomputation needs. Those of image patches
+    would send a frozen tower through a backward pass for nothing.
 
     Args:
         model: a transformers or peft model.

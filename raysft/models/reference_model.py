@@ -1,4 +1,4 @@
-"""``train.reference_model``: found and checked before a training starts."""
+"""``train.reference_model``: found and checked before training starts."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ KEY = "train.reference_model"
 
 @dataclass(frozen=True)
 class ReferenceFiles:
-    """A model or adapter that a training can stay close to."""
+    """A model or adapter that training can stay close to."""
 
     model: str
-    """Folder, URI or hub id."""
+    """Folder, URI or Hub id."""
     hf_config: Any
     """The model's own config."""
     commit: str | None
-    """Commit of a model on the hub."""
+    """Commit of a model on the Hub."""
 
 
 def find_reference(
@@ -35,10 +35,10 @@ def find_reference(
 
     Args:
         config: the run's config.
-        model: folder or hub id of the model that training starts from, with new tokens.
+        model: folder or Hub id of the model that training starts from, with new tokens.
         rows: number of tokens that it has embeddings for; None if it does not say.
         notify: receives a line for the user before something that takes long.
-        commit: the commit on the hub that the run began with.
+        commit: the commit on the Hub that the run began with.
 
     Raises:
         RequestError: there is no such model, or it has other tokens.
@@ -84,7 +84,7 @@ def find_reference(
 
 
 def _check_vocabulary(named: str, theirs: dict[str, int], ours: dict[str, int]) -> None:
-    """Refuse a reference whose tokens have other ids: the two predictions would be of different texts."""
+    """Refuse a reference whose tokens have other ids: the two predictions would be for different texts."""
     differing = theirs.items() ^ ours.items()
     if not differing:
         return

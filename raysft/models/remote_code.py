@@ -1,4 +1,4 @@
-"""Trust in code that a model brings."""
+"""Trust in code that comes with a model."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def check_code(
 ) -> None:
     """Refuse a model that transformers can load only with code that the config does not trust.
 
-    If transformers has its own classes for a model, as it has for many that still bring code, raysft uses those.
+    If transformers has its own classes for a model, as for many that still bring code, raysft uses those.
 
     Args:
         config: names the models whose code may run.
-        model: folder or hub ID.
+        model: folder or Hub id.
         notify: receives a line if code is not run.
         path: the model's name, by which its code is trusted. Default: ``model.path``.
         key: the setting that names the model.
@@ -59,7 +59,7 @@ def check_code(
 
 
 def check_code_of(folder: Path, remedy: str) -> None:
-    """Refuse a model or an adapter that transformers can load only with code of its own.
+    """Refuse a model or an adapter that transformers can load only with code that comes with it.
 
     Args:
         folder: of a whole model, or of an adapter, which may bring a tokenizer.

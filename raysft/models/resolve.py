@@ -1,4 +1,4 @@
-"""Find a model: a folder, a URI, a hub id or a GGUF file, which is converted once."""
+"""Find a model: a folder, a URI, a Hub id or a GGUF file, which is converted once."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def find_model(
     accept_adapter: bool = False,
     revision: str | None = None,
 ) -> str:
-    """Return a folder, URI or hub id with its commit that every later stage can load from, on each node through ``local_copy``.
+    """Return a folder, URI or Hub id with its commit that every later stage can load from, on each node through ``local_copy``.
 
     A GGUF file is dequantized to safetensors once, in the cache; a second process waits for the first one's.
 
     Args:
-        path: folder, URI, hub id or GGUF file.
+        path: folder, URI, Hub id or GGUF file.
         cache: folder for converted models.
         notify: receives a line for the user before something that takes long.
         key: the config key of the path, for messages.
-        accept_adapter: accept an adapter in place of a whole model.
-        revision: branch, tag or commit of a model on the hub. Default: its main branch, or what follows an ``@`` in the path.
+        accept_adapter: accept an adapter instead of a whole model.
+        revision: branch, tag or commit of a model on the Hub. Default: its main branch, or what follows an ``@`` in the path.
 
     Raises:
         RequestError: there is no such model.
@@ -69,7 +69,7 @@ def find_model(
 
 
 def _of_run(folder: Path) -> str | None:
-    """What to use in place of a run directory, or of one of its checkpoints; None for any other folder."""
+    """What to use instead of a run directory, or of one of its checkpoints; None for any other folder."""
     if (folder / "config.yaml").exists() and (folder / "model").is_dir():
         return f"use the trained model of this run, {folder / 'model'}"
     if folder.parent.name == "checkpoints" and (folder.parent.parent / "config.yaml").exists():
@@ -108,14 +108,14 @@ def find_on_hub(
     revision: str | None = None,
     marks: Sequence[str] = ("config.json",),
 ) -> str:
-    """Check that the hub or its local cache has a model, and return its id with the commit that every node takes.
+    """Check that the Hub or its local cache has a model, and return its id with the commit that every node takes.
 
     Args:
         path: ``NAME`` or ``NAME@REVISION``.
         key: the config key of the path, for messages.
         notify: receives a line with the commit.
         revision: branch, tag or commit, if the path has none.
-        marks: a file that the model must have, or several of which it must have one.
+        marks: a file that the model must have, or several, one of which it must have.
     """
     name, own = hub_snapshots.split(path)
     asked = own or revision

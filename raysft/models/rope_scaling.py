@@ -22,16 +22,16 @@ from raysft.storage.local_cache import model_copy
 from raysft.storage.model_cache import in_cache
 
 KEPT = ("rope_theta", "partial_rotary_factor")
-"""Parameters of a model's positions that are not about their scale."""
+"""Parameters of a model's positions that do not concern scaling."""
 WITH_ORIGINAL = ("yarn", "llama3", "longrope")
 """Kinds of scaling whose parameters name the positions that the model had before."""
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-"""What Llama 3.1 has, and LLaMA-Factory takes."""
+"""The values of Llama 3.1, which LLaMA-Factory uses."""
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """What a model's config says of its positions."""
+    """What a model's config says about its positions."""
 
     parameters: dict[str, Any]
     """``rope_parameters`` of transformers."""
@@ -141,7 +141,7 @@ def with_rope_scaling(
 
 
 def _scaling(config: Config, hf_config: Any, notify: Callable[[str], None], key: str) -> Scaling | None:
-    """Return what the model's config is to say of its positions; None if it stays as it is."""
+    """Return what the model's config should say about its positions; None if it stays unchanged."""
     asked = config.model.rope_scaling
     if asked is None:
         return None
@@ -211,12 +211,12 @@ def _check_kind(existing: Mapping[str, Any], text: Any, said: str, key: str) -> 
 
 
 def _reason(error: Exception) -> str:
-    """The last line of an error: those of configs begin with the name of what has looked at them."""
+    """The last line of an error: those of configs begin with the name of what checked them."""
     return one_line(str(error).strip().rpartition("\n")[2].strip().removeprefix("ValueError: "), 160)
 
 
 def _check_effect(config: Config, scaled: Any, scaling: Scaling, key: str) -> None:
-    """Refuse a model whose code does not look at the parameters."""
+    """Refuse a model whose code does not read the parameters."""
     import torch
 
     from raysft.models.model_class import auto_class
@@ -268,7 +268,7 @@ def _link(path: Path, target: Path) -> None:
 
 
 def _check_written(folder: Path, scaling: Scaling, runs_code: bool) -> None:
-    """Make sure that transformers reads what was written: a key of another place of the config may override it."""
+    """Make sure that transformers reads what was written: a key elsewhere in the config may override it."""
     from transformers import AutoConfig
 
     text = AutoConfig.from_pretrained(folder, trust_remote_code=runs_code).get_text_config()

@@ -10,15 +10,14 @@ from torch import nn
 from raysft.models.transformers_internals import recorded_outputs
 
 READABLE = ("deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss", "mixtral", "qwen2_moe", "qwen3_moe")
-"""Kinds of models for which it is tested what their routers say of each expert: others may take a sigmoid for a softmax, or say
-something else."""
+"""Kinds of models whose routers' outputs are tested: others may use a sigmoid instead of a softmax, or return something else."""
 
 
 def routers(model: Any) -> set[str]:
     """Return the names of the modules that route tokens to experts, in a mixture of experts.
 
-    transformers marks those whose output are a model's router logits. Where it marks a whole block, or knows nothing of the
-    model, the router is what is called so inside it, or beside the experts. The gate of a shared expert is one too.
+    transformers marks those whose output are a model's router logits. Where it marks a whole block, or does not know the model,
+    the router is the module with a router's name inside it or next to the experts. The gate of a shared expert also counts.
     """
     marked = tuple(_marked(model))
     found = set()
@@ -32,7 +31,7 @@ def routers(model: Any) -> set[str]:
 
 
 def watchable_routers(model: Any) -> list[nn.Module]:
-    """Return the modules whose output says how likely each expert is for each token, and which were chosen; none of other models.
+    """Return the modules whose output says how likely each expert is for each token, and which were chosen; none for other models.
 
     They are those that transformers marks, with their own weights: where it marks a whole block, its output says less.
     """

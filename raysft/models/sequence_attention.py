@@ -1,8 +1,8 @@
-"""Attention over rows whose tokens lie on several workers: ``scaling.sequence_parallel`` (Ulysses, Jacobs et al. 2023).
+"""Attention over rows whose tokens are spread over several workers: ``scaling.sequence_parallel`` (Ulysses, Jacobs et al. 2023).
 
-Outside of attention each worker of a group computes a slice of the tokens. For attention, the workers exchange queries, keys and
-values, so that each has all tokens of a part of the heads, and afterwards they exchange the results back. So examples are kept
-apart exactly as on one worker, by the lengths of all examples of the rows.
+Outside attention, each worker of a group computes a slice of the tokens. For attention, the workers exchange queries, keys and
+values, so that each has all tokens for part of the heads, and afterwards they exchange the results back. So examples are kept
+apart exactly as on one worker, by the lengths of all examples in the rows.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def sequence_attention(
     """An attention function as transformers' ``AttentionInterface`` has it.
 
     Args:
-        module: the layer that asks.
+        module: the calling layer.
         query: [1, heads, tokens of the slice, size].
         key: [1, key heads, tokens of the slice, size].
         value: as ``key``, perhaps of another size.

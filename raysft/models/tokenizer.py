@@ -16,10 +16,10 @@ from raysft.storage.local_cache import local_copy
 
 
 def load_tokenizer(model: str, runs_code: bool = False, gguf_file: str | None = None) -> Any:
-    """Load a model's tokenizer, with the chat template of the processor that it belongs to.
+    """Load a model's tokenizer, with the chat template of the processor to which it belongs.
 
     Args:
-        model: folder, URI or hub id.
+        model: folder, URI or Hub id.
         runs_code: True if code that comes with the model may run.
         gguf_file: the file in the folder to read it from, instead of a tokenizer's own files.
 

@@ -27,7 +27,7 @@ def mark_dynamic(tensor: torch.Tensor, dimensions: list[int]) -> None:
 
 
 def allow_graphs(number: int) -> None:
-    """Let torch.compile make at least so many graphs of one function; beyond its limit it logs a warning, and computes without.
+    """Let torch.compile make at least this many graphs of one function; beyond its limit it logs a warning, and runs uncompiled.
 
     All layers of a class have one function.
     """
@@ -67,7 +67,7 @@ class LiveBytes(TorchDispatchMode):
         self.now = 0
         """Bytes alive."""
         self.peak = 0
-        """Most bytes alive at a time since the start, or since somebody set it."""
+        """Most bytes alive at a time since the start, or since it was set."""
         self._sizes: dict[int, int] = {}
         self._references: dict[int, Any] = {}
         self._ignored: list[Any] = []

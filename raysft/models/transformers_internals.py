@@ -11,7 +11,7 @@ from typing import Any
 
 
 def attention_implementation(model: Any) -> str:
-    """Return the name of the attention function that a model uses; of one for images, that of its text."""
+    """Return the name of the attention function that a model uses; for a vision-language model, that of its text part."""
     return str(model.config.get_text_config()._attn_implementation)
 
 
@@ -89,7 +89,7 @@ def computes_attention(model_class: Any, kernel: str) -> bool:
 
 
 def supports_registered_attention(model_class: Any) -> bool:
-    """Return True if the models of a class take any attention function of transformers' registry, and not an eager one alone."""
+    """Return True if the models of a class take any attention function of transformers' registry, rather than only an eager one."""
     return bool(model_class._supports_attention_backend and model_class._supports_sdpa)
 
 

@@ -14,7 +14,7 @@ HEADS = (".lm_head.weight", ".embed_out.weight")
 SAMPLED = 64
 """Rows, evenly spaced, that show how long rows are."""
 SHORT = 0.1
-"""A row that is shorter than this part of the median was never trained: so are those of Llama 3's reserved tokens."""
+"""A row shorter than this fraction of the median was never trained, like those of Llama 3's reserved tokens."""
 
 
 def untrained_tokens(model: str, tokens: Sequence[int], special: Iterable[int]) -> list[int]:
@@ -24,7 +24,7 @@ def untrained_tokens(model: str, tokens: Sequence[int], special: Iterable[int]) 
 
     Args:
         model: folder, URI or hub id.
-        tokens: ids to look at.
+        tokens: ids to check.
         special: ids of the tokenizer's special tokens.
     """
     found: set[int] = set()
@@ -55,7 +55,7 @@ def _folder(model: str) -> Path | None:
 
 def _matrices(folder: Path) -> Iterator[Any]:
     """Yield slices of the embedding and the head."""
-    with suppress(OSError):  # the hub's cache may hold a part of the files
+    with suppress(OSError):  # the Hub cache may hold only part of the files
         for weights in open_weights(folder, str(folder), "pt"):
             for name in weights.keys():  # noqa: SIM118
                 if f".{name}".endswith((*EMBEDDINGS, *HEADS)) and len(weights.get_slice(name).get_shape()) == 2:

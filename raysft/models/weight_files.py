@@ -113,15 +113,15 @@ def _check_bin(file: Path, named: str) -> None:
 
 
 def embedding_rows(folder: Path, hf_config: Any, named: str) -> int | None:
-    """Number of tokens that a model has embeddings for: as its weights say, else its config.
+    """Number of tokens that a model has embeddings for, by its weights or else its config.
 
     Args:
-        folder: the model's folder; does not exist for a model on the hub.
+        folder: the model's folder; does not exist for a model on the Hub.
         hf_config: the model's config.
         named: the folder as messages name it, ``model.path=PATH``.
 
     Raises:
-        RequestError: weights and config disagree, so that the model cannot be loaded.
+        RequestError: weights and config disagree, so the model cannot be loaded.
     """
     in_config = getattr(hf_config.get_text_config(), "vocab_size", None)
     in_weights = _rows_in_weights(folder, named)
@@ -149,9 +149,9 @@ def open_weights(folder: Path, named: str, framework: str = "np") -> Iterator[An
 
 
 def safetensors_files(folder: Path, named: str) -> list[Path]:
-    """Return the weight files that transformers loads of a model; none for a model without ``*.safetensors``.
+    """Return the weight files that transformers loads for a model; none for a model without ``*.safetensors``.
 
-    Others may lie beside them, such as those of an earlier state. Arguments as for ``open_weights``.
+    Others may lie next to them, such as those of an earlier state. Arguments as for ``open_weights``.
     """
     whole, index = (folder / name for name in MODEL_FILES[:2])
     if whole.exists():

@@ -1,6 +1,6 @@
-"""The data types of weights: which a model has, and the same model in another one, or in files of another size.
+"""The data types of weights: which one a model has, and the same model in another one, or in files of another size.
 
-Weights are written anew file by file: at no time is more held than one of the files that are written.
+Weights are rewritten file by file: no more than one of the output files is held at any time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from raysft.models.weight_files import ADAPTER_FILES, MODEL_FILES, open_weights,
 DTYPES = ("float32", "bfloat16", "float16")
 """Data types that a model can be exported in."""
 SHARD_SIZE = "5GB"
-"""Largest size of a file of weights that is written anew, unless another one is asked for."""
+"""Largest size of a rewritten weight file, unless another one is asked for."""
 STORED = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """Data types of exact weights by their names in safetensors."""
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
@@ -55,7 +55,7 @@ def converted(name: str, weight: Any, dtype: str) -> Any:
     """Return a weight in another data type, rounded to the nearest number.
 
     Raises:
-        RequestError: it holds numbers that float16 has not.
+        RequestError: it holds numbers that float16 cannot represent.
     """
     import torch
 
@@ -70,7 +70,7 @@ def converted(name: str, weight: Any, dtype: str) -> Any:
 
 
 def convert_parameters(model: Any, dtype: str) -> None:
-    """Convert the weights of a model in memory, one after the other, but those that transformers always keeps in float32."""
+    """Convert the weights of a model in memory, one after another, except those that transformers always keeps in float32."""
     stays = stays_float32(model, dtype)
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not stays(name):

@@ -1,4 +1,4 @@
-"""Choose the number of rows in a step, with ``train.global_batch_size: auto``. Pure."""
+"""Choose the number of rows in a step, with ``train.global_batch_size: auto``. Pure functions."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import numpy as np
 MAX_AUTO_BATCH_SIZE = 32
 """Largest number of rows in a step with ``train.global_batch_size: auto``."""
 MIN_AUTO_STEPS = 100
-"""Steps that a training should have at least: Adam moves a weight by no more than the learning rate in each of them."""
+"""Minimum number of steps that training should have: Adam moves a weight by no more than the learning rate in each."""
 
 
 def auto_batch_size(epochs: Iterable[np.ndarray], count: float = math.inf) -> int:
     """Choose the rows in a step: 32 if that gives at least 100 steps in all, else fewer.
 
-    The number is a power of two, which the usual numbers of workers divide, and no larger than an epoch needs. It is raised until
-    each step has loss tokens. For a large data set only the first epochs are read.
+    The number is a power of two, divisible by the usual numbers of workers, and no larger than an epoch needs. It is raised
+    until each step has loss tokens. For a large data set only the first epochs are read.
 
     Args:
         epochs: [rows] loss tokens of each row, epoch by epoch.
-        count: number of epochs that are trained, perhaps with a fraction. Default: all.
+        count: number of epochs to train, possibly fractional. Default: all.
 
     >>> [auto_batch_size([np.ones(rows)] * epochs) for rows, epochs in ((3169, 1), (3168, 1), (500, 3), (40, 1), (5, 200))]
     [32, 16, 8, 1, 8]

@@ -1,4 +1,4 @@
-"""Read segments of examples from shards and lay them side by side in rows."""
+"""Read segments of examples from shards and place them side by side in rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from raysft.data.types import IGNORE_INDEX
 from raysft.storage.path import StoragePath
 
 OPEN_SHARD_BYTES = 96 << 20
-"""Approximate size of the decompressed shards that a process keeps for its next rows."""
+"""Approximate size of the decompressed shards that a process caches for its next rows."""
 
 Batch = dict[str, np.ndarray]
 """``row`` [rows] int64 number of the row (−1: a filler without labels); ``tokens`` [rows] int64 without padding; ``input_ids``,
@@ -52,21 +52,21 @@ class RowSlices:
 def collate(
     slices: RowSlices, paths: Sequence[str], capacity: int, document_mask: bool = True, with_media: bool = False
 ) -> Batch:
-    """Read the segments of some rows and lay them side by side.
+    """Read the segments of some rows and place them side by side.
 
     Args:
         slices: where the segments are.
         paths: paths of the shards.
         capacity: tokens in a row.
-        document_mask: start positions again at each segment, which keeps them apart; otherwise a row's segments are one text.
-            Positions always start again where padding begins.
+        document_mask: restart positions at each segment, which keeps segments apart; otherwise a row's segments are one text.
+            Positions always restart where padding begins.
         with_media: some of the shards have images.
     """
     rows, lengths = len(slices.rows), (slices.stops - slices.starts).astype(np.int64)
     row = np.repeat(np.arange(rows), slices.counts)
     tokens = np.bincount(row, lengths, minlength=rows).astype(np.int64)
     before = np.cumsum(lengths) - lengths
-    # Start of each segment in all rows, one after the other.
+    # Start of each segment in all rows, one after another.
     starts = row * capacity + before - (np.cumsum(tokens) - tokens)[row]
     media = _read_media(slices, paths, row, starts - row * capacity) if with_media else None
     # From here on segments are ordered by shard, so that each shard is read once.

@@ -1,4 +1,4 @@
-"""Find examples that say the same, within the training data and between training and evaluation. Pure."""
+"""Find duplicate examples, within the training data and between training and evaluation. Pure functions."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from dataclasses import dataclass
 import numpy as np
 
 PART = 1 << 22
-"""Examples that are compared at a time, about. Copies have the same hash, so that hashes can be divided by their values."""
+"""Approximate number of examples compared at a time. Copies have the same hash, so hashes can be divided by value."""
 
 
 @dataclass(frozen=True)
 class Copies:
-    """Which examples are copies, over all training sources in order, then over all evaluation sets."""
+    """Which examples are copies, for all training sources in order, then all evaluation sets."""
 
     repeated: np.ndarray
     """[training + evaluation examples] bool: an earlier example of the same source or set is the same."""
     elsewhere: np.ndarray
     """[training examples] bool: the first of its source, but an example of an earlier source is the same."""
     evaluated: np.ndarray
-    """[training examples] bool: an evaluation set has it, too."""
+    """[training examples] bool: an evaluation set also has it."""
     trained: np.ndarray
-    """[evaluation examples] bool: a training source has it, too."""
+    """[evaluation examples] bool: a training source also has it."""
 
     @property
     def dropped(self) -> np.ndarray:
@@ -59,7 +59,7 @@ def _compare(
     elsewhere: np.ndarray,
     shared: np.ndarray,
 ) -> None:
-    """Compare some examples, among which are all copies of each, and mark them.
+    """Compare some examples, which include all copies of each, and mark them.
 
     Args:
         digests: [examples, 2] uint64 hashes of all examples.
@@ -70,7 +70,7 @@ def _compare(
         elsewhere: receives True for copies of an example of an earlier training source.
         shared: receives True for examples that are both trained and evaluated on.
     """
-    # Sorting is stable, so that the examples of a group of copies stay in order.
+    # Sorting is stable, so the examples in a group of copies stay in order.
     ordered = chosen[np.lexsort((digests[chosen, 1], digests[chosen, 0]))]
     values = digests[ordered]
     copies = np.concatenate([[False], (values[1:] == values[:-1]).all(axis=1)])  # of the one before

@@ -1,4 +1,4 @@
-"""Lay out the rows of each epoch: choose its examples, order them and put them into rows. Pure."""
+"""Lay out the rows of each epoch: choose its examples, order them and put them into rows. Pure functions."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ class SourceLengths:
     """[examples] float32 weight of each example's tokens in the loss. Default: 1."""
 
     used: np.ndarray | None = None
-    """Indices of the examples that may be taken, ascending. Default: all."""
+    """Indices of the eligible examples, ascending. Default: all."""
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     @property
     def usable(self) -> int:
-        """Number of examples that may be taken."""
+        """Number of eligible examples."""
         return len(self) if self.used is None else len(self.used)
 
     def order(self, take: int, random: np.random.Generator | None) -> np.ndarray:
-        """[take] indices of examples, as ``mixture.order`` puts them."""
+        """[take] indices of examples, in the order of ``mixture.order``."""
         if self.used is None:
             return mixture.order(self.shard_ends, take, random)
         return self.used[mixture.order(np.searchsorted(self.used, self.shard_ends), take, random)]
@@ -67,7 +67,7 @@ def lay_out_epochs(
     layout: Layout,
     document_mask: bool,
 ) -> Iterator[Epoch]:
-    """Put the rows of each epoch into the builder, one after the other."""
+    """Add the rows of each epoch to the builder, one after another."""
     lengths = _joined([source.lengths for source in sources])
     loss_tokens = _joined([source.loss_tokens for source in sources])
     for number in range(epochs):
@@ -119,7 +119,7 @@ def count_epochs(
     max_steps: int,
     global_batch_size: int | None,
 ) -> int:
-    """Return how many epochs so many steps need at most. The arguments are those of ``plan_rows``.
+    """Return the most epochs that a number of steps can need. The arguments are those of ``plan_rows``.
 
     An epoch has at least the rows that its tokens fill, or one for each example.
     """
@@ -131,7 +131,7 @@ def count_epochs(
 
 
 def _least(source: SourceLengths, take: int, layout: Layout, capacity: int) -> int:
-    """Return the least rows of so many examples of a source, which may share the first and the last with other sources."""
+    """Return the fewest rows for a number of examples of a source, which may share the first and last row with other sources."""
     if layout == "single":
         return take
     lengths = source.lengths if source.used is None else source.lengths[source.used]
@@ -142,12 +142,12 @@ def _least(source: SourceLengths, take: int, layout: Layout, capacity: int) -> i
 
 
 def epoch_steps(rows: int, global_batch_size: int) -> int:
-    """Return the steps of an epoch, of which the last may be incomplete."""
+    """Return the number of steps of an epoch; the last may be incomplete."""
     return -(-rows // global_batch_size)
 
 
 def steps_at_end(epochs: float, steps: int) -> int:
-    """Return the steps of the last of so many epochs, as in transformers: a fraction of its steps is rounded up.
+    """Return the steps of the last of this many epochs, as in transformers: a fraction of its steps is rounded up.
 
     Args:
         epochs: all epochs; 2.5 ends in the middle of the third.

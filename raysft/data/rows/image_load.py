@@ -1,4 +1,4 @@
-"""How many images a microbatch has at most, for an estimate of what they need."""
+"""The most images that a microbatch can have, to estimate what they need."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from raysft.data.rows.collate import open_media
 from raysft.data.rows.row_layouts import Segments
 
 MOST_SEGMENTS, MOST_SHARDS = 1 << 20, 16
-"""Segments and shards that are looked at; examples of other shards count as those of an average one."""
+"""Segments and shards that are examined; examples in other shards count like those of an average shard."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class ImageLoad:
 
 
 def image_load(paths: Sequence[str], shard_ends: np.ndarray, segments: Segments, rows: int) -> ImageLoad | None:
-    """Look for the microbatch of so many rows whose images have the most tokens.
+    """Find the microbatch of ``rows`` rows whose images have the most tokens.
 
     Args:
         paths: of the shards.
@@ -36,7 +36,7 @@ def image_load(paths: Sequence[str], shard_ends: np.ndarray, segments: Segments,
         rows: rows of a microbatch.
 
     Returns:
-        Its images; None if no shard that was looked at has any.
+        Its images; None if no examined shard has any.
     """
     count = int(np.searchsorted(segments.offsets, min(MOST_SEGMENTS, int(segments.offsets[-1])), side="right")) - 1
     count = max(1, count)

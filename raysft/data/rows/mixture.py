@@ -1,4 +1,4 @@
-"""Choose the examples that one epoch takes from each source, and the groups in which they are packed. Pure."""
+"""Choose the examples that one epoch takes from each source, and the groups in which they are packed. Pure functions."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def mixture(sizes: Sequence[int], weights: Sequence[float], mixing: Mixing) -> l
 
 
 def index_type(numbers: int) -> type[np.signedinteger]:
-    """Return the integer type for so many numbers: half the memory where it suffices."""
+    """Return the integer type for this many numbers: half the memory where that suffices."""
     return np.int32 if numbers < 1 << 31 else np.int64
 
 

@@ -1,7 +1,7 @@
-"""Rows for many workers: each node has a reader that makes those of its own workers.
+"""Rows for many workers: each node has a reader that makes the rows of its own workers.
 
 Ray Data would deal out the rows of all workers through one actor. A reader knows the row plan and is asked for blocks by their
-steps, so it needs no other process, and one that was started again answers as the first one did. Blocks stay in the memory of
+steps, so it needs no other process, and a restarted reader answers as the first one did. Blocks stay in the memory of
 their node.
 """
 
@@ -22,7 +22,7 @@ from raysft.data.rows.row_plan import rows_for_rank
 
 KEPT_BLOCKS = 4
 """Blocks that a reader keeps for each of its workers. All of them are made at the first request for one, because they draw from the
-same shards; and no worker is further ahead of another than the blocks it asks for early."""
+same shards; and no worker gets further ahead of another than the blocks that it requests early."""
 
 
 class NodeReader:
@@ -31,7 +31,7 @@ class NodeReader:
     Args:
         rows: where to read.
         workers: the ranks of the workers.
-        all_workers: number of all workers of the training.
+        all_workers: total number of workers in the training run.
     """
 
     def __init__(self, rows: Rows, workers: Sequence[int], all_workers: int) -> None:
@@ -71,7 +71,7 @@ class NodeShard:
         """Yield the blocks in order.
 
         Args:
-            prefetch_batches: how many more to ask for than the one that is needed next.
+            prefetch_batches: how many to request beyond the one that is needed next.
         """
         import ray
 
@@ -95,7 +95,7 @@ def node_shards(
         first_step: the step to begin with.
         nodes: [workers] Ray's id of the node of each worker.
         data_label: of the nodes for data, where readers run. Default: each runs on the node that it reads for.
-        group: so many workers that follow each other have the same rows, those of one number.
+        group: this many consecutive workers have the same rows, those of one number.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -106,7 +106,7 @@ def node_shards(
     of_node: dict[str, list[int]] = {}
     for worker, node in enumerate(nodes):
         of_node.setdefault(node, []).append(worker)
-    # It reserves no CPU, so that it always finds room beside the workers. It has no state that a restart would lose.
+    # It reserves no CPU, so it always finds room alongside the workers. It has no state that a restart would lose.
     actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(NodeReader)
     shards: dict[int, NodeShard] = {}
     for node, workers in of_node.items():

@@ -27,17 +27,18 @@ from raysft.errors import StorageFailed
 from raysft.storage.path import StoragePath
 
 LATER = ("repeat", "apart_from")
-"""Fields that earlier versions did not have."""
+"""Fields missing in earlier versions."""
 PLANNED_AT = "_planned_at"
-"""What a pickled dataset carries beside its fields: where its plan is."""
+"""What a pickled dataset carries besides its fields: where its plan is."""
 
 
 @dataclass(frozen=True)
 class PackedDataset:
     """The rows of one or several sources under a row plan.
 
-    The plan lies in a file beside the shards of the first source, named by its content. Whoever needs it maps it into memory:
-    the driver, workers, data tasks, restarted and resumed runs. A dataset is cheap to pickle, and takes along where its plan is.
+    The plan is in a file next to the shards of the first source, named by its content. Every process that needs it maps it into
+    memory: the driver, workers, data tasks, restarted and resumed runs. A dataset is cheap to pickle, and carries the location
+    of its plan.
     """
 
     manifests: tuple[str, ...]
@@ -56,13 +57,13 @@ class PackedDataset:
     document_mask: bool = True
     shuffle: bool = True
     repeat: bool = False
-    """Epochs follow each other, whatever ``epochs`` says, until there are ``max_steps``."""
+    """Epochs follow each other, regardless of ``epochs``, until there are ``max_steps``."""
     apart_from: tuple[str, ...] | None = None
-    """Paths of the manifests of evaluation sets whose examples are left out, as are all copies of an example but the first. None:
+    """Paths of the manifests of evaluation sets whose examples are left out, as are all but the first copy of an example. None:
     every example is used."""
     earlier: PackedDataset | None = None
-    """Rows of the first epochs, if the data changed on the way. All of its epochs come first; then those of this dataset with a
-    higher number."""
+    """Rows of the first epochs, if the data changed during the run. All of its epochs come first; then those of this dataset
+    with a higher number."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PackedDataset:
@@ -74,13 +75,13 @@ class PackedDataset:
         return cls(**fields, earlier=cls.from_dict(earlier) if earlier else None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything that decides the rows, as JSON."""
-        # Choosing the batch size needs the manifests, and those of a finished run may be gone with the cache.
+        """Return everything that determines the rows, as JSON."""
+        # Choosing the batch size needs the manifests, and those of a finished run may have been deleted with the cache.
         chosen = self if self.global_batch_size else replace(self, global_batch_size=self.row_plan.global_batch_size)
         return {**chosen._described(), "earlier": self.earlier and self.earlier.to_dict()}
 
     def _described(self) -> dict[str, Any]:
-        """Fields by name. Those that came with later versions are left out at their defaults, for the names that are hashes."""
+        """Fields by name. Those added by later versions are left out at their defaults, so that names that are hashes stay."""
         defaults = {name: self.__dataclass_fields__[name].default for name in LATER}
         return {
             name: getattr(self, name)
@@ -89,9 +90,9 @@ class PackedDataset:
         }
 
     def content(self) -> dict[str, Any]:
-        """Return everything that decides the rows and their tokens, as JSON, wherever the manifests are stored.
+        """Return everything that determines the rows and their tokens, as JSON, independent of where the manifests are stored.
 
-        Shards have unique names, so a set that was written again, perhaps in another order, has another content.
+        Shards have unique names, so a set that was written again, perhaps in a different order, differs.
         """
         return {
             **self.to_dict(),
@@ -101,7 +102,7 @@ class PackedDataset:
         }
 
     def has_same_epochs(self, other: PackedDataset) -> bool:
-        """Return True if an epoch has the same rows in both, wherever the manifests are stored."""
+        """Return True if an epoch has the same rows in both, independent of where the manifests are stored."""
 
         def epoch(dataset: PackedDataset) -> PackedDataset:
             names = tuple(StoragePath(path).parent.name for path in dataset.manifests)
@@ -130,7 +131,7 @@ class PackedDataset:
         with suppress(FileNotFoundError, plan_file.DamagedPlan):
             return self._opened(place)
         planned = self._plan()
-        # A cache that cannot be written costs every process the time and memory to plan for itself.
+        # If the cache cannot be written, every process spends the time and memory to plan for itself.
         with suppress(OSError, StorageFailed):
             plan_file.write_plan(planned, place)
             return self._opened(place)
@@ -143,7 +144,7 @@ class PackedDataset:
 
     @property
     def _plan_place(self) -> StoragePath:
-        """The file of the plan: its name is a hash of everything that decides the rows."""
+        """The file of the plan: its name is a hash of everything that determines the rows."""
         key = hashlib.sha256(json.dumps(self._identity(), sort_keys=True).encode()).hexdigest()[:24]
         return StoragePath(self.manifests[0]).parent / f"rows-{key}.arrow"
 
@@ -173,14 +174,14 @@ class PackedDataset:
         return PlannedRows(spliced, np.concatenate([known.shard_ends, examples + ends]), sources)
 
     def _own_steps(self, earlier_steps: int) -> int | None:
-        """Return how many steps a plan of the own sources needs, from the first epoch on; None if its epochs decide."""
+        """Return how many steps a plan of this dataset's own sources needs, from the first epoch on; None if its epochs decide."""
         if not self.repeat or self.max_steps is None or self.earlier is None:
             return None
         skipped = replace(self, epochs=self.earlier.epochs, max_steps=None, repeat=False, earlier=None)
         return skipped._own_plan(None)[0].steps + self.max_steps - earlier_steps
 
     def _own_plan(self, max_steps: int | None) -> tuple[RowPlan, np.ndarray]:
-        """Plan the rows of the own sources; returns the plan and [shards] the index of the example after each shard's last."""
+        """Plan the rows of its own sources; returns the plan and [shards] the index of the example after each shard's last."""
         weights = self.mixing_weights or (1.0,) * len(self.manifests)
         manifests = [load_manifest(StoragePath(path)) for path in self.manifests]
         firsts = np.cumsum([0, *map(len, manifests)])
@@ -212,7 +213,7 @@ class PackedDataset:
         return row_plan, ends
 
     def _copies(self) -> Copies:
-        """Copies among the examples of the own sources and of the sets in ``apart_from``."""
+        """Copies among the examples of this dataset's own sources and of the sets in ``apart_from``."""
         train, apart = (
             [load_digests(StoragePath(path)) for path in paths] for paths in (self.manifests, self.apart_from or ())
         )
@@ -223,7 +224,7 @@ class PackedDataset:
 
     @property
     def _keys_apart(self) -> tuple[str, ...] | None:
-        """Names of the sets in ``apart_from`` in the cache, which identify their content, wherever they are stored."""
+        """Names of the sets in ``apart_from`` in the cache, which identify their content, independent of where they are stored."""
         return None if self.apart_from is None else tuple(StoragePath(path).parent.name for path in self.apart_from)
 
     @property
@@ -238,13 +239,13 @@ class PackedDataset:
 
     @property
     def media_per_row(self) -> float:
-        """Images of a row on average."""
+        """Average number of images in a row."""
         planned, segments = self._planned, self.row_plan.segments
         media, examples = sum(source.media for source in planned.sources), int(planned.shard_ends[-1])
         return media / examples * len(segments.examples) / self.row_plan.rows if media else 0.0
 
     def image_load(self, rows: int) -> ImageLoad | None:
-        """Return the images of the microbatch of so many rows that has the most; None if there are none."""
+        """Return the images of the microbatch of this many rows that has the most; None if there are none."""
         if not self.has_media:
             return None
         return image_load(self._paths, self._planned.shard_ends, self.row_plan.segments, rows)
@@ -273,12 +274,12 @@ class PackedDataset:
         return records
 
     def dataset(self, first: int, workers: int, group: int = 1) -> Any:
-        """Return a Ray dataset of the rows of all workers, from step ``first`` on, to be split among them in order.
+        """Return a Ray dataset of all workers' rows, from step ``first`` on, to be split among them in order.
 
         Args:
             first: the step.
             workers: their number.
-            group: so many that follow each other have the same rows.
+            group: this many consecutive workers have the same rows.
         """
         pieces = list(ray_stream.plan_pieces(self.row_plan, first, workers // group, self.media_per_row))
         return ray_stream.ray_dataset(self, pieces, workers, group)
@@ -290,7 +291,7 @@ class PackedDataset:
             first: the step.
             nodes: [workers] Ray's id of the node of each worker.
             data_label: of the nodes for data, where readers run. Default: those of the workers.
-            group: so many workers that follow each other have the same rows.
+            group: this many consecutive workers have the same rows.
         """
         return list(node_reader.node_shards(self, first, nodes, data_label, group))
 
@@ -309,7 +310,7 @@ class PackedDataset:
             yield from ray_stream.split_block(table, -(-self.row_plan.global_batch_size // workers))
 
     def _find_slices(self, rows: Sequence[int] | np.ndarray) -> RowSlices:
-        """Find the segments of rows in the shards."""
+        """Locate the segments of rows in the shards."""
         planned, row_plan = self._planned, self.row_plan
         numbers, segments = np.asarray(rows, np.int64), row_plan.segments
         filled = np.maximum(numbers, 0)

@@ -13,8 +13,8 @@ def pack(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
 
     The algorithm works on the histogram of lengths (after Krell et al. 2021, "Efficient Sequence Packing without
     Cross-contamination"): a combination of lengths that fills one row fills as many rows as there are examples of these lengths,
-    so that the cost depends on the number of different lengths more than on the number of examples. A row ends with two examples
-    that fill it exactly wherever there are two.
+    so the cost depends on the number of different lengths more than on the number of examples. A row ends with two examples
+    that fill it exactly wherever such a pair exists.
 
     Args:
         lengths: [examples] tokens in each example.
@@ -41,7 +41,7 @@ def pack(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
     narrow = np.uint16 if capacity < 1 << 16 else np.int32  # NumPy sorts 16 bits in linear time
     row_by_row = np.fromiter(chain.from_iterable(row * repeats for row, repeats in patterns), narrow, len(lengths))
     indices = np.empty(len(lengths), np.int64)
-    # The places of one length, in order, take the examples of that length, in order.
+    # The slots of one length, in order, take the examples of that length, in order.
     indices[np.argsort(row_by_row, kind="stable")] = np.argsort(lengths.astype(narrow), kind="stable")
     sizes = np.repeat([len(row) for row, _ in patterns], [repeats for _, repeats in patterns])
     return indices, np.concatenate([[0], np.cumsum(sizes)])
@@ -79,7 +79,7 @@ def _patterns(histogram: np.ndarray, capacity: int) -> list[tuple[tuple[int, ...
                     mirrored ^= 1 << (capacity - taken)
             length = (available & ((2 << free) - 1)).bit_length() - 1
         repeats = 0
-        if all(map(left.__getitem__, row)):  # seldom, where lengths are many
+        if all(map(left.__getitem__, row)):  # rarely, where there are many lengths
             counts = Counter(row)
             repeats = min(left[length] // count for length, count in counts.items())
             for length, count in counts.items():

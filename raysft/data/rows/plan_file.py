@@ -1,7 +1,7 @@
 """Row plans as files, which all processes of a node map into memory: the plan of 100 million examples takes 2 GB.
 
-A file is an Arrow IPC file with one row. Each array of the plan is a column of lists; what else there is to know about the rows
-is JSON in the schema's metadata. Nothing in a file is trusted to be more than numbers and text.
+A file is an Arrow IPC file with one row. Each array of the plan is a column of lists; everything else about the rows is JSON in
+the schema's metadata. A file is only ever read as numbers and text.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from raysft.storage.local_cache import local_copy
 from raysft.storage.path import StoragePath
 
 VERSION = 1
-"""Part of every plan's name. Raise it when the same data would be planned differently, or the file has another form."""
+"""Part of every plan's name. Increase it when the same data would be planned differently, or the file format changes."""
 SEGMENTS = ("offsets", "examples", "starts", "stops", "loss_tokens")
 """Names of the arrays of ``Segments``, in order."""
 PLAIN = ("sources", "weights", "group_ends", "epoch_ends")
-"""Arrays of ``RowPlan`` beside its segments."""
+"""Arrays of ``RowPlan`` besides its segments."""
 
 
 class DamagedPlan(ValueError):
@@ -54,7 +54,7 @@ class PlannedRows:
 
 
 def write_plan(planned: PlannedRows, path: StoragePath) -> None:
-    """Write a plan; the file appears once it is complete."""
+    """Write a plan; the file appears only once it is complete."""
     row_plan = planned.row_plan
     arrays: dict[str, np.ndarray | None] = {
         **dict(zip(SEGMENTS, row_plan.segments, strict=True)),

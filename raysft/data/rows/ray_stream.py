@@ -1,6 +1,6 @@
 """Stream rows to the workers with Ray Data, in the order of the row plan.
 
-This is the way of the rows to some tens of workers; ``node_reader`` is that to more. One row of the Ray dataset, which is also one
+Rows reach a few dozen workers this way; more workers use ``node_reader``. One row of the Ray dataset, which is also one
 block, holds one worker's rows of a few steps. Blocks alternate between the workers, so that the ordered split of Ray Data deals
 them out in turn and no worker gets a step ahead. Nothing relies on Ray's order: each row carries its number, and the training loop
 checks it.
@@ -32,7 +32,7 @@ MEDIUM_BYTES = 128 << 10
 PREFETCH_BYTES = 64 << 20
 """Approximate size of the blocks that wait in memory for the workers; more if there are many workers."""
 TASK_ROWS = 4096
-"""Rows that one task reads and packs at most."""
+"""Most rows that one task reads and packs."""
 
 
 class Rows(Protocol):
@@ -51,18 +51,18 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class Piece:
-    """What one task reads: the blocks of all workers in some steps. Where their rows are, the task finds in the plan."""
+    """What one task reads: the blocks of all workers in some steps. The task looks up in the plan where their rows are."""
 
     first_step: int
     stop_step: int
 
 
 COLUMNS = tuple(field.name for field in fields(Piece))
-"""Columns in which a task gets its pieces."""
+"""Columns in which a task receives its pieces."""
 
 
 def steps_per_block(row_plan: RowPlan, workers: int, media_per_row: float = 0.0) -> int:
-    """Return how many steps a block holds the rows of."""
+    """Return how many steps' rows a block holds."""
     step_tokens = -(-row_plan.global_batch_size // workers) * row_plan.capacity
     steps = min(BLOCK_TOKENS, ALL_TOKENS // workers) // step_tokens
     if media_per_row:
@@ -77,7 +77,7 @@ def plan_pieces(row_plan: RowPlan, first_step: int, workers: int, media_per_row:
         row_plan: the order of the rows.
         first_step: the step to begin with.
         workers: number of workers.
-        media_per_row: images of a row on average.
+        media_per_row: average number of images in a row.
     """
     per_step, per_block = row_plan.global_batch_size, steps_per_block(row_plan, workers, media_per_row)
     most = max(1, TASK_ROWS // (per_step * per_block)) * per_block
@@ -115,7 +115,7 @@ def ray_dataset(rows: Rows, pieces: Sequence[Piece], workers: int, group: int = 
     import ray
 
     context = ray.data.DataContext.get_current().copy()
-    # With a target of one byte, every table that a task yields becomes a block by itself.
+    # With a target of one byte, every table that a task yields becomes a separate block.
     context.target_max_block_size = 1
     context.execution_options = rows.execution_options(workers, group)
     context.enable_progress_bars = False
@@ -136,7 +136,7 @@ def ray_dataset(rows: Rows, pieces: Sequence[Piece], workers: int, group: int = 
 
 
 def execution_options(row_plan: RowPlan, workers: int, media_per_row: float = 0.0, group: int = 1) -> Any:
-    """Make Ray Data keep the order and read no further ahead than a few blocks for each worker; of each group have all the same."""
+    """Make Ray Data keep the order and read only a few blocks ahead for each worker; all workers of a group get the same."""
     import ray
 
     groups = workers // group

@@ -1,4 +1,4 @@
-"""Lay examples out in rows: packed whole, one in each row, or one stream of tokens cut into full rows. Pure."""
+"""Lay out examples in rows: packed whole, one in each row, or one stream of tokens cut into full rows. Pure functions."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Layout = Literal["packed", "single", "joined"]
 """``packed``: several whole examples in a row; ``single``: one example in a row; ``joined``: one stream of tokens, cut into full
 rows."""
 JOINED_ROWS = 1 << 18
-"""Rows of a stream that are laid out at a time, which takes some 40 bytes for each of their segments."""
+"""Rows of a stream that are laid out at a time, which takes about 40 bytes for each of their segments."""
 GROWTH = 8
-"""Arrays grow by one part in so many, when they are full."""
+"""When full, arrays grow by one part in this many."""
 
 
 class Segments(NamedTuple):
@@ -59,7 +59,7 @@ def packed(
 
 
 def single(examples: np.ndarray, lengths: np.ndarray, loss_tokens: np.ndarray, capacity: int) -> Segments:
-    """Give each example a row of its own.
+    """Give each example its own row.
 
     A longer one gets several rows, each of which begins with the last token of the row before. Arguments as in ``packed``.
     """
@@ -86,7 +86,7 @@ def joined(examples: np.ndarray, lengths: np.ndarray, capacity: int, document_ma
         document_mask: predict no token from the example before.
 
     Yields:
-        The rows, in order, some of them at a time.
+        The rows, in order, some at a time.
     """
     ends = np.cumsum(lengths[examples], dtype=np.int64)
     starts = _joined_row_starts(ends, capacity, document_mask)
@@ -118,7 +118,7 @@ def _joined_rows(
 def _joined_row_starts(ends: np.ndarray, capacity: int, document_mask: bool) -> np.ndarray:
     """[rows] int64 positions in the stream at which rows begin.
 
-    A row begins with the last token of the row before, unless that row ended with an example.
+    A row begins with the last token of the previous row, unless that row ended with an example.
 
     Args:
         ends: [examples] positions at which examples end.
@@ -150,7 +150,7 @@ def _row_end_at_border(ends: np.ndarray, first: int, step: int) -> int | None:
 
 
 def ranges(counts: np.ndarray) -> np.ndarray:
-    """Return the ranges from 0 to each count, one after the other.
+    """Return the ranges from 0 to each count, one after another.
 
     >>> ranges(np.array([2, 3])).tolist()
     [0, 1, 0, 1, 2]
@@ -160,7 +160,7 @@ def ranges(counts: np.ndarray) -> np.ndarray:
 
 
 class SegmentsBuilder:
-    """Collects the rows of many layouts in arrays that grow in place; to join them at the end would take twice the memory."""
+    """Collects the rows of many layouts in arrays that grow in place; joining them at the end would take twice the memory."""
 
     def __init__(self, index: type[np.signedinteger]) -> None:
         """
@@ -176,7 +176,7 @@ class SegmentsBuilder:
         return self._used[0] - 1
 
     def append(self, part: Segments) -> None:
-        """Add rows after those that are there."""
+        """Append rows."""
         self._add(0, part.offsets[1:] + self._used[1])
         for field in range(1, 5):
             self._add(field, part[field])
@@ -196,7 +196,7 @@ class SegmentsBuilder:
         return np.add.reduceat(part, offsets[:-1] - offsets[0], dtype=np.int64)
 
     def build(self) -> Segments:
-        """Return all rows; nothing can be added any more."""
+        """Return all rows; nothing can be added afterwards."""
         for array, used in zip(self._arrays, self._used, strict=True):
             array.resize(used, refcheck=False)
         return Segments(*self._arrays)
@@ -207,7 +207,7 @@ def insert_empty_rows(segments: Segments, after: Sequence[int], rows: Sequence[i
 
     Args:
         segments: rows.
-        after: numbers of rows, each of them behind so many of ``segments``.
+        after: counts of rows of ``segments`` after which to insert.
         rows: how many to insert at each of these places.
     """
     if not any(rows):

@@ -1,4 +1,4 @@
-"""Join the epochs of two row plans, for a run whose data changes on the way. Pure."""
+"""Join the epochs of two row plans, for a run whose data changes along the way. Pure functions."""
 
 from __future__ import annotations
 
