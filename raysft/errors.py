@@ -33,7 +33,7 @@ class StorageSilent(StorageFailed):
 
 
 def lacks_space(error: BaseException) -> bool:
-    """Return True if a disk is full; each library has an error of its own for that."""
+    """Return True if a disk is full; each library has its own error for that."""
     return any(text in str(error) for text in NO_SPACE)
 
 

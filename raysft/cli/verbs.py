@@ -282,7 +282,7 @@ def _existing_run(run_dir: str) -> StoragePath:
 
 
 def _write_utf8(text: str) -> None:
-    """Write text for other programs, whatever encoding the terminal has."""
+    """Write text for other programs, regardless of the terminal's encoding."""
     sys.stdout.flush()
     sys.stdout.buffer.write(text.encode())
     sys.stdout.buffer.flush()

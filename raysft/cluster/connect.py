@@ -221,7 +221,7 @@ def _ask(found: str, named: str) -> bool:
     Returns:
         True if workers can be forks of a process of this node. Ray has one command for the workers of all nodes, so there must
         be no other node, and none that an autoscaler may add: a job, or a head without CPUs, is taken for a part of a larger
-        cluster, whose workers have an environment of their own.
+        cluster, whose workers have their own environment.
     """
     import grpc
     import ray

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 TASK_CPUS = 0.5
-"""CPUs that the tasks which read and tokenize data reserve; on a small machine they must fit beside the training workers."""
+"""CPUs that the tasks which read and tokenize data reserve; on a small machine they must fit alongside the training workers."""
 LISTED_NODES = 8
 """Most nodes that a message lists."""
 Use = Literal["anything", "data", "training"]
@@ -79,7 +79,7 @@ def total(nodes: Sequence[Node]) -> Node:
 
 
 def max_workers(nodes: Sequence[Node], cpus_per_worker: float, use_gpu: bool, reserved_cpus: float = 0.0) -> int:
-    """Return the number of training workers that fit on a cluster beside one data task, which also needs one node.
+    """Return the number of training workers that fit on a cluster alongside one data task, which also needs one node.
 
     Args:
         nodes: the cluster's nodes.
@@ -122,7 +122,7 @@ def workers_on_a_node(nodes: Sequence[Node], workers: Workers) -> int:
 
 
 def room_beside(nodes: Sequence[Node], workers: Workers) -> list[Node]:
-    """Return what is left of each node beside the training workers and their data task, if nobody else uses the cluster.
+    """Return what is left of each node besides the training workers and their data task, if no one else uses the cluster.
 
     >>> [node.cpus for node in room_beside([Node(4.0), Node(2.0)], Workers(2, cpus=1.0, gpu=False, spread=False))]
     [1.5, 2.0]

@@ -34,7 +34,7 @@ def prepare(
 
     Args:
         config: the run's config.
-        model: folder or hub ID of the model whose tokenizer is used.
+        model: folder or Hub id of the model whose tokenizer is used.
         notify: called with lines about the progress.
         shown: ``train``, ``eval``: the sets whose images will be read, and must be there. A prompt whose image is gone fails alone.
 
@@ -160,7 +160,7 @@ def _build(config: Config, sets: Sequence[ShardSet], model: str, runs_code: bool
 
 
 def _with_own_template(config: Config, model: str, runs_code: bool, notify: Notify) -> Config:
-    """Leave ``model.chat_template`` to a model that has no chat template of its own."""
+    """Leave ``model.chat_template`` to a model that has no chat template."""
     own, named = own_chat_template(model, runs_code), config.model.chat_template
     if not own:
         return config

@@ -46,7 +46,7 @@ def decode_rows(rows: PackedDataset, model: str, count: int, runs_code: bool = F
 
     Args:
         rows: the planned rows.
-        model: folder or hub ID of the model whose tokenizer is used.
+        model: folder or Hub id of the model whose tokenizer is used.
         count: number of rows.
         runs_code: allow code that comes with the model to run.
     """

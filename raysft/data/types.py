@@ -84,7 +84,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Example:
-    """One unpacked example, whatever its format was: a conversation, a text or token IDs."""
+    """One unpacked example, regardless of its format: a conversation, a text or token IDs."""
 
     source: str
     """Name of the source."""

@@ -1,4 +1,4 @@
-"""How long a training will take, from the speed that the config gives or that an earlier run of the same model had."""
+"""How long training will take, from the speed that the config gives or that an earlier run of the same model had."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Speed:
         return f"the {self.tokens_per_second:,.0f} tokens/s {source}"
 
     def seconds(self, tokens: int, workers: int) -> float:
-        """Return the seconds of a training on so many tokens.
+        """Return the seconds of training on this many tokens.
 
         >>> Speed(500.0).seconds(tokens=60_000, workers=2)
         60.0

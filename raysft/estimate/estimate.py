@@ -1,4 +1,4 @@
-"""Everything that a training needs, against what there is: lines for the plan, warnings, and refusals.
+"""Everything that training needs, compared with what is available: lines for the plan, warnings, and refusals.
 
 A run is refused only if it certainly cannot fit: a lower bound of its memory is above 1.05 times what a worker has.
 """
@@ -34,7 +34,7 @@ many, on 21,900 with 2,048."""
 
 @dataclass(frozen=True)
 class Training:
-    """What is known of a training before it starts."""
+    """What is known of a training run before it starts."""
 
     config: Config
     hf_config: Any
@@ -143,7 +143,7 @@ def _expandable() -> bool:
 
 
 def estimate(training: Training, place: Place) -> Estimate:
-    """Estimate a training's memory.
+    """Estimate the memory of a training run.
 
     Raises:
         RequestError: it certainly does not fit.

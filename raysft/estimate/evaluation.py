@@ -1,4 +1,4 @@
-"""The memory of an evaluation without a training: weights, what a layer computes with, and the logits of a chunk."""
+"""The memory of an evaluation without training: weights, what a layer computes with, and the logits of a chunk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The experts of a layer in an estimate: the tensors of transformers' grouped product, whatever the routers chose.
+"""The experts of a layer in an estimate: the tensors of transformers' grouped product, regardless of what the routers chose.
 
 torch's own grouped product has no fake for float32.
 """

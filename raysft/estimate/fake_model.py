@@ -26,7 +26,7 @@ PERSISTENT = 100_000
 
 
 def model_without_weights(config: Config, hf_config: Any, adapter: str | None = None) -> Any:
-    """Make the model that a training trains, on torch's device ``meta``.
+    """Make the model to be trained, on torch's device ``meta``.
 
     Args:
         config: the run's config.
@@ -36,7 +36,7 @@ def model_without_weights(config: Config, hf_config: Any, adapter: str | None = 
     dtype = getattr(torch, config.weight_dtype)
     attention = kernel(config, hf_config)
     if attention in FLASH:
-        attention = None  # transformers would ask for the package; the trace has a kernel of its own
+        attention = None  # transformers would ask for the package; the trace has its own kernel
     with torch.device("meta"):
         model: Any = auto_class(hf_config).from_config(
             hf_config, dtype=dtype, attn_implementation=attention, trust_remote_code=config.model.runs_code

@@ -1,4 +1,4 @@
-"""Memory of a node beside its GPUs. Pure."""
+"""Memory of a node besides its GPUs. Pure."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ DATA_TASKS = 2
 RAY = 2.0 * GIB
 """Ray's own processes on a node."""
 OBJECTS = 2.0 * GIB
-"""What a training keeps in Ray's object store: shares of rows that are read ahead."""
+"""What a training run keeps in Ray's object store: shares of rows that are read ahead."""
 
 
 def host_memory(sizes: ModelSizes, setup: Setup, needed: Memory, ranks: int, gpu: bool) -> float:
-    """Return the bytes that the workers of a node and what is beside them need in the node's memory.
+    """Return the bytes that the workers of a node and what runs alongside them need in the node's memory.
 
     Args:
         sizes: of the model.

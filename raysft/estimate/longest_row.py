@@ -44,7 +44,7 @@ def longest_rows(
         gpu: True if activations can wait elsewhere.
         workers: their number.
         limit: bytes of a worker.
-        memory_of: computes the memory of one row of so many tokens.
+        memory_of: computes the memory of one row of this many tokens.
     """
     longest = 0
 
@@ -83,7 +83,7 @@ def _written(value: object) -> str:
 
 
 def _longest(limit: float, tokens: int, peak_of: Callable[[int], float]) -> tuple[int, float]:
-    """Return the longest row of up to so many tokens, and its peak; (0, 0) if even the shortest does not fit.
+    """Return the longest row of up to this many tokens, and its peak; (0, 0) if even the shortest does not fit.
 
     What a row needs mostly grows evenly with it, or ever faster. Then the line between a row that fits and one that does not lies
     above what is needed: where it crosses the limit, a row fits. The line through two rows that fit lies below, and bounds the

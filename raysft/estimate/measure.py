@@ -176,7 +176,7 @@ def _sizes(content: Mapping[str, Any]) -> ModelSizes:
 
 
 def surely_small(hf_config: Any, weight_bytes: int, tokens: int, rows: int, limit: float, eager: bool = False) -> bool:
-    """Return True if a training on CPUs stays below half of the memory, whatever its other settings are; cheap, and often False.
+    """Return True if training on CPUs stays below half of the memory, regardless of its other settings; cheap, and often False.
 
     Args:
         hf_config: the model's own config.

@@ -26,7 +26,7 @@ EXPERT_WIDTH = 2
 ADAPTER_WIDTH = 7.5
 """Bytes of a weight of their adapters there, as measured: what the kernel is given, gradients, and its own copies."""
 PIXELS_AHEAD = 3
-"""Microbatches whose pixels exist in the node's memory beside those of the current one: ``train.pixels.AHEAD``."""
+"""Microbatches whose pixels exist in the node's memory besides those of the current one: ``train.pixels.AHEAD``."""
 ROWS = ("weights", "gradients", "master weights", "moments", "activations", "logits", "buckets", "rest")
 """Rows of the table."""
 
@@ -54,7 +54,7 @@ class Memory:
     sure: float
     """Bytes that a worker needs at least."""
     host: float
-    """Bytes in the node's memory beside the worker's process."""
+    """Bytes in the node's memory besides the worker's process."""
     rows: int
     """Rows of the microbatch."""
     traced: bool
@@ -170,7 +170,7 @@ def _saved(activations: Activations, setup: Setup, rows: int) -> float:
 
 
 def _beside(dynamic: float, setup: Setup, hardware: Hardware) -> float:
-    """Bytes beside those of tensors."""
+    """Bytes besides those of tensors."""
     if not hardware.gpu:
         return PROCESS
     share = EXPANDABLE if hardware.expandable_segments else FRAGMENTATION

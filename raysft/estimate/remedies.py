@@ -1,4 +1,4 @@
-"""What makes a training fit that needs too much memory, cheapest first."""
+"""How to make a training run fit that needs too much memory, cheapest remedy first."""
 
 from __future__ import annotations
 

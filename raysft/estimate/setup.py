@@ -9,7 +9,7 @@ from raysft.estimate.states import Setup
 
 
 def setup_of(config: Config, workers: int, rows_per_worker: int, reference: int = 0) -> Setup:
-    """Return the setup of a training.
+    """Return the setup of a training run.
 
     Args:
         config: the run's config.

@@ -93,7 +93,7 @@ class Line:
         return cls(2 * one - two, two - one)
 
     def at(self, rows: float) -> float:
-        """Return the bytes for so many rows; never fewer than 0."""
+        """Return the bytes for this many rows; never fewer than 0."""
         return max(0.0, self.fixed + rows * self.per_row)
 
 
@@ -138,7 +138,7 @@ class Images:
     """Images of a row."""
 
     def at(self, rows: int) -> ImageBytes:
-        """Return the bytes for so many rows."""
+        """Return the bytes for this many rows."""
         lines = (self.pixels, self.saved, self.forward, self.backward)
         return ImageBytes(*(line.at(rows * self.per_row) if self.per_row else 0.0 for line in lines))
 
@@ -199,7 +199,7 @@ class Activations:
         return max((layers.backward.at(rows) for layers in self.layers), default=0.0)
 
     def images_at(self, rows: int) -> ImageBytes:
-        """Return the bytes of the images of so many rows."""
+        """Return the bytes of the images of this many rows."""
         return ImageBytes() if self.images is None else self.images.at(rows)
 
     def to_dict(self) -> dict[str, Any]:

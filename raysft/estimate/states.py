@@ -66,7 +66,7 @@ class Setup:
     copies_start: bool = False
     """True if a frozen copy of the trained weights is there too, as they were at the start."""
     reference: int = 0
-    """Elements of a frozen model beside the trained one."""
+    """Elements of a frozen model in addition to the trained one."""
 
     def frozen_beside(self, sizes: ModelSizes) -> int:
         """Elements of all frozen weights beside the model, which exist as often as its own."""

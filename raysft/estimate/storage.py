@@ -148,7 +148,7 @@ def check_shared(config: Config, nodes: Sequence[Node]) -> None:
 
 
 def write_beside(probe: str) -> str:
-    """Write a file beside one that another node has written; returns what is wrong, or nothing."""
+    """Write a file next to one that another node has written; returns what is wrong, or nothing."""
     file = Path(probe)
     if not file.exists():
         return "is another folder"

@@ -1,4 +1,4 @@
-"""Activations of a training, measured on the real classes of its model without their memory.
+"""Activations of a training run, measured on the real classes of its model without their memory.
 
 A model of the first layer and of one layer of each other kind runs forward and backward on fake tensors, with the training's own
 loss, adapters, attention and recomputation, while ``LiveBytes`` counts. All layers of a kind need the same, and all needs are
@@ -244,7 +244,7 @@ def _unchanged_rotary(model: Any) -> Iterator[None]:
 
 
 def _set_attention(model: Any, config: Config) -> bool:
-    """Give the model a kernel that needs the memory of the training's; returns True if it computes with a mask of its own."""
+    """Give the model a kernel that needs as much memory as that of the training; returns True if it computes with its own mask."""
     from transformers import AttentionInterface
 
     base = without_adapters(model)

@@ -58,14 +58,14 @@ def generate(
 ) -> list[metrics.MetricRow]:
     """Generate a prediction for each prompt with each model, write them in the order of the prompts, and score them.
 
-    Ray must be initialised. One pool of engines serves all outputs, one after the other. Predictions are stored as they arrive:
+    Ray must be initialised. One pool of engines serves all outputs, one after another. Predictions are stored as they arrive:
     if the process is killed and called again with the same models, prompts and settings, it generates only what is missing. A
     complete output without failed prompts is only scored again.
 
     Args:
         prompts: Parquet file with the columns id (unique), source, prompt, input_ids and label; generation also stops at the
             ``end_tokens`` of its metadata.
-        outputs: in the order in which they are generated, each with a file of its own.
+        outputs: in the order in which they are generated, each with a separate file.
         progress: report progress on stderr.
         notify: gets a line when it is an output's turn.
         room: what the engines may use, and beside which scoring starts no tasks. Default: the whole cluster.

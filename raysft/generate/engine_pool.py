@@ -51,7 +51,7 @@ class Room:
     """Nodes, by Ray's id, and their GPUs, which others have reserved and leave to the engines."""
 
     def pool(self, config: Config, batches: int) -> Pool:
-        """Return a pool of at most so many engines."""
+        """Return a pool of at most this many engines."""
         if self.group is not None:
             [bundle, *_] = bundles = self.group.bundle_specs
             strategy = PlacementGroupSchedulingStrategy(self.group)

@@ -36,7 +36,7 @@ class Prompts:
     offsets: np.ndarray
     """[prompts + 1] int64: prompt i has the tokens offsets[i] to offsets[i + 1]."""
     tokens: BinaryIO
-    """The tokens of all prompts, one after the other, as int32."""
+    """The tokens of all prompts, one after another, as int32."""
     end_tokens: tuple[int, ...] = ()
     """IDs of the tokens that end an answer to these prompts."""
     path: Path | None = None
@@ -173,7 +173,7 @@ def _read_media(path: Path) -> pa.ChunkedArray | None:
 
 
 def _read_tokens(file: pq.ParquetFile, beside: Path) -> tuple[list[str], np.ndarray, BinaryIO]:
-    """Return ids, [prompts] lengths, and a file with the tokens of all prompts, one after the other.
+    """Return ids, [prompts] lengths, and a file with the tokens of all prompts, one after another.
 
     Args:
         file: the prompts.

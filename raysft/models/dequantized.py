@@ -48,7 +48,7 @@ def with_exact_weights(
 
     Args:
         config: the run's config.
-        model: folder, URI or hub id of a whole model or an adapter.
+        model: folder, URI or Hub id of a whole model or an adapter.
         notify: receives a line before a copy is made.
         key: the setting that names the model.
         given: what it says.
@@ -71,7 +71,7 @@ def exact_copy(cache: StoragePath, model: str, notify: Callable[[str], None], wi
 
     Args:
         cache: folder for copies.
-        model: folder, URI or hub id of a whole model or an adapter.
+        model: folder, URI or Hub id of a whole model or an adapter.
         notify: receives a line before a copy is made.
         with_code: copy the code that the model brings, too. The copy no longer shows where it is from.
 

@@ -38,7 +38,7 @@ def with_new_layers(config: Config, model: str, notify: Callable[[str], None]) -
 
     Args:
         config: the run's config.
-        model: folder, URI or hub id.
+        model: folder, URI or Hub id.
         notify: receives a line for the user before something that takes long.
 
     Raises:
@@ -91,7 +91,7 @@ def add_layers(model: str, folder: Path, new: int, runs_code: bool = False) -> N
     """Write a copy of a model that has new layers and gives the same logits; all other weights stay as they are.
 
     Args:
-        model: folder, URI or hub id.
+        model: folder, URI or Hub id.
         folder: where to write it.
         new: number of new layers.
         runs_code: the model's own code may run.

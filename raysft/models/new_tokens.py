@@ -28,7 +28,7 @@ def with_new_tokens(config: Config, model: str, hf_config: Any, notify: Callable
 
     Args:
         config: the run's config.
-        model: folder, URI or hub id.
+        model: folder, URI or Hub id.
         hf_config: the model's own config.
         notify: receives a line for the user before something that takes long.
 
@@ -78,7 +78,7 @@ def add_tokens(model: str, folder: Path, section: NewTokensSection, runs_code: b
     description, or of all tokens that the tokenizer had. Rows that only pad the matrix also get the mean of all.
 
     Args:
-        model: folder, URI or hub id.
+        model: folder, URI or Hub id.
         folder: where to write it.
         section: the tokens.
         runs_code: the model's own code may run.

@@ -109,7 +109,7 @@ def with_rope_scaling(
 
     Args:
         config: the run's config.
-        model: folder, URI or hub id of a whole model.
+        model: folder, URI or Hub id of a whole model.
         hf_config: its own config.
         notify: receives a line for the user.
         key: the setting that names the model.

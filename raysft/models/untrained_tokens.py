@@ -23,7 +23,7 @@ def untrained_tokens(model: str, tokens: Sequence[int], special: Iterable[int]) 
     Rows that were drawn at random look like trained ones and are not found, nor is anything in a model that is not on this machine.
 
     Args:
-        model: folder, URI or hub id.
+        model: folder, URI or Hub id.
         tokens: ids to check.
         special: ids of the tokenizer's special tokens.
     """

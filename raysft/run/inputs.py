@@ -52,7 +52,7 @@ class PromptInputs:
     """Prompts for an arbitrary model, ``generate.model``."""
 
     model: str
-    """Folder, URI or hub id."""
+    """Folder, URI or Hub id."""
     manifests: list[Manifest]
     tokenizer: Any
     embedding_rows: int | None
@@ -199,7 +199,7 @@ class OtherModel:
     """A model or an adapter that is not trained here, with its files checked."""
 
     location: str
-    """Folder, URI or hub id."""
+    """Folder, URI or Hub id."""
     named: str
     """As messages name it, ``generate.model=PATH``."""
     folder: Path

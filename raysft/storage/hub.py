@@ -1,4 +1,4 @@
-"""The Hugging Face hub: bounded requests, and one-line reasons for its errors. Imports nothing of raysft."""
+"""The Hugging Face Hub: bounded requests, and one-line reasons for its errors. Imports nothing of raysft."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub on this machine: known by their commit, and fetched once into the hub's own cache."""
+"""Models of the Hugging Face Hub on this machine: known by their commit, and fetched once into the Hub library's own cache."""
 
 from __future__ import annotations
 

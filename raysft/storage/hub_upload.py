@@ -1,4 +1,4 @@
-"""Models are pushed to the Hugging Face hub: whether the token may, and the files as one commit.
+"""Models are pushed to the Hugging Face Hub: whether the token may, and the files as one commit.
 
 Large files go the way of Git LFS, which all hubs know: a hub has a file already if it knows its SHA-256. The library's other way,
 ``hf_xet``, fails on a hub that does not speak its protocol, and its waits can be neither bounded nor named.

@@ -45,7 +45,7 @@ _GLOB = re.compile(r"[*?\[]")
 
 
 def prefers_modelscope() -> bool:
-    """True if LLaMA-Factory's variable says that ModelScope comes before the Hugging Face hub."""
+    """True if LLaMA-Factory's variable says that ModelScope comes before the Hugging Face Hub."""
     return os.environ.get("USE_MODELSCOPE_HUB", "0").lower() in ("1", "y", "true")
 
 
@@ -90,7 +90,7 @@ class Location:
         return SCHEME + self.root + (f"/{self.inside}" if self.inside else "")
 
     def wanted(self, files: list[str]) -> list[str]:
-        """Choose the files that it names; of a whole model, those that a Hugging Face hub's would be fetched with."""
+        """Choose the files that it names; of a whole model, those that a Hugging Face Hub's would be fetched with."""
         if _GLOB.search(self.inside):
             # ``*`` matches slashes here, so that this is more than the caller's own glob matches, never less.
             pattern = self.inside.replace("**/", "*")

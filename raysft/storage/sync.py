@@ -71,7 +71,7 @@ class Sync:
             files = (self._local / folder).rglob("*")
             inside = (path for path in files if path.is_file() and _is_synced(path.name))
             found |= {path.relative_to(self._local).as_posix(): path for path in inside}
-        # A process that is killed in between must not leave a new config beside the results or the plan of the old one.
+        # A process that is killed in between must not leave a new config next to the results or the plan of the old one.
         for name in self._synced.keys() - found.keys():
             (self._remote / name).remove()
             del self._synced[name]

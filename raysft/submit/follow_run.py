@@ -78,7 +78,7 @@ class _Progress:
         """Those that were shown; None before the first look."""
 
     def to_end(self) -> int:
-        """Show records until nobody works in the run directory any more."""
+        """Show records until nobody works in the run directory."""
         looked, alone_since = float("-inf"), None
         while True:
             self.look()

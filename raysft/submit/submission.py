@@ -140,7 +140,7 @@ def follow_to_end(jobs: Jobs, job: str, notify: Notify, place: StoragePath | Non
                 return INTERRUPTED
             stopping = True
             notify(f"\n{job}: was asked to stop; it has {STOP_SECONDS} s to write a checkpoint")
-            with suppress(UnknownJob):  # its head has started anew, which following it tells
+            with suppress(UnknownJob):  # its head has restarted, which following it tells
                 _ask(jobs, lambda: jobs.stop(job))
     notify(f"{job}: has {_ending(details, log.tail)}{_reason(details)}")
     return exit_code(details, log.tail)

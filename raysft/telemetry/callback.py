@@ -1,4 +1,4 @@
-"""The base class of callbacks, which follow a training from the process that started it."""
+"""The base class of callbacks, which follow training from the process that started it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Results of a training and of evaluations, under the names that the files of a run have."""
+"""Results of training and of evaluations, under the names that the files of a run have."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ class Wandb(Appending):
         )
         self._run.define_metric("*", step_metric=WANDB_AXIS)
         # A run that continues has its summary again. Offline it has none, and gets the whole log: where both starts are sent to the
-        # server later, the second replaces the first. Without a log it starts anew under a name that the server knows.
+        # server later, the second replaces the first. Without a log it starts again under a name that the server knows.
         if run.trainer_log.exists():
             self.last = dict(self._run.summary.get(WANDB_LAST) or {})
 
@@ -186,7 +186,7 @@ class SwanLab(Appending):
         )
 
     def append(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Give metrics to the library, which drops steps that its server has of the same metric, so it gets the whole log anew."""
+        """Give metrics to the library, which drops steps that its server has of the same metric, so it gets the whole log again."""
         self._run.log(dict(metrics), step=step)
 
     def close(self, outcome: Outcome) -> None:

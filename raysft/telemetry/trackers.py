@@ -84,7 +84,7 @@ def open_sweep(
 
 
 class Tracker:
-    """Turns callbacks into metrics and writes them in a thread of its own.
+    """Turns callbacks into metrics and writes them in a separate thread.
 
     Training never waits for a tracker's server. When a tracker fails, it is disabled and training continues.
     """
@@ -99,7 +99,7 @@ class Tracker:
             error = self._opened.get(timeout=OPEN_SECONDS)
         except queue.Empty:
             raise RuntimeError(f"cannot open {name} (no answer for {OPEN_SECONDS:g} s)") from None
-        if error:  # every library has error types of its own
+        if error:  # every library has its own error types
             raise RuntimeError(f"cannot open {name} ({one_line(error)})") from error
 
     def _work(self, make: Callable[[], Writer]) -> None:

@@ -45,7 +45,7 @@ WAITING_SECONDS = 5.0
 _OPTIONAL = ("mfu", "router_aux_loss")
 """Fields of a step that may be None."""
 _FACTS = ("examples", "unscored", "runtime", "samples_per_second", "tokens_per_second")
-"""What ``predict_results.json`` says beside scores."""
+"""What ``predict_results.json`` says besides scores."""
 
 
 def evaluation_line(results: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ def check_model(config: Config, model: str, notify: Callable[[str], None] = lamb
 
     Args:
         config: the run's config.
-        model: folder or hub id.
+        model: folder or Hub id.
         notify: receives a line about a setting of the model that is ignored, and about weights that stay frozen.
 
     Returns:

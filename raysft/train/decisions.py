@@ -19,7 +19,7 @@ WAIT_SECONDS = 300
 
 
 class Decision(IntEnum):
-    """What a training does after an evaluation."""
+    """What a training run does after an evaluation."""
 
     GO_ON = 0
     SAVE = 1

@@ -85,7 +85,7 @@ class EarlyStopper:
     def update(self, results: Mapping[str, float], step: int) -> None:
         """Process the results after a step, and keep the model if they are the best.
 
-        Evaluations and predictions of a step may come in one mapping, or one after the other, all before the next optimizer step:
+        Evaluations and predictions of a step may come in one mapping, or one after another, all before the next optimizer step:
         what is kept is the current model. Every worker calls it with the same results.
 
         Args:

@@ -52,12 +52,12 @@ def make_engine(
 
     Args:
         config: the run's config.
-        model_path: folder or hub id of the model.
+        model_path: folder or Hub id of the model.
         workers: size of the process group, which must exist.
         steps: total optimizer steps of the run.
         device: where the model goes.
         adapter: folder of an adapter to continue training.
-        reference: folder or hub id of ``train.reference_model``.
+        reference: folder or Hub id of ``train.reference_model``.
         processor: of the model; None if no data has images.
         group: the workers that have the same rows.
 

@@ -1,4 +1,4 @@
-"""The evaluations of a training: all sets after a step, logged and reported."""
+"""The evaluations of a training run: all sets after a step, logged and reported."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def load_model(config: Config, path: str, device: torch.device | None = None, ad
 
     Args:
         config: the run's config.
-        path: folder, URI or hub id.
+        path: folder, URI or Hub id.
         device: where quantized weights go; the caller moves other weights.
         adapter: folder of an adapter to continue training.
 
@@ -65,7 +65,7 @@ def load_frozen(config: Config, path: str, device: torch.device | None = None) -
 
     Args:
         config: the run's config.
-        path: folder, URI or hub id.
+        path: folder, URI or Hub id.
         device: where quantized weights go; the caller moves other weights.
 
     Raises:

@@ -76,7 +76,7 @@ def model_flops(model: Any, tokens: float, squares: float, loss_tokens: float) -
 
 
 def trainer_flops(model: torch.nn.Module, tokens: int) -> float:
-    """Count the FLOPs of a training as a ``Trainer`` does for ``total_flos``: 6 per token and weight outside the embeddings.
+    """Count the FLOPs of training as a ``Trainer`` does for ``total_flos``: 6 per token and weight outside the embeddings.
 
     It ignores which weights are frozen, which tokens the head is computed for, and attention; ``model_flops`` does not.
 

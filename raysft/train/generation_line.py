@@ -70,7 +70,7 @@ class Line(Protocol):
 
 
 class Generator(Protocol):
-    """What generates in the driver, as a training uses it."""
+    """What generates in the driver, as training uses it."""
 
     def begin(self, mailbox: Any) -> AbstractContextManager[None]:
         """During the block, generate for the workers of a training run, which hear of it through its mailbox."""

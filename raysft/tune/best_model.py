@@ -1,4 +1,4 @@
-"""The best trial's model at a place of its own, and the end of the other trials' weights (``tune.keep``)."""
+"""The best trial's model at its own place, and the end of the other trials' weights (``tune.keep``)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _best_with_model(config: Config, best: Ranked) -> StoragePath | None:
 
 
 def provide_model(config: Config, best: Ranked) -> StoragePath | None:
-    """Give the best trial's model a place of its own, ``best_model`` in the sweep's directory, and return where it is.
+    """Give the best trial's model its own place, ``best_model`` in the sweep's directory, and return where it is.
 
     With ``tune.keep: all`` it is a link, with ``best`` a copy. In an object store, which has no links, it stays in its run.
 

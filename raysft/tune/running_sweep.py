@@ -50,7 +50,7 @@ class Sweep:
     concurrent: int
     """Number of trials at a time."""
     deadline: float | None
-    """When no trial starts and none trains any more, in seconds since 1970."""
+    """Time after which no trial starts or trains, in seconds since 1970."""
     terminal: Terminal
 
     def fit(self, search: Any, scheduler: Any) -> dict[str, Exception] | None:

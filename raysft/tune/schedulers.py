@@ -35,7 +35,7 @@ CHANGEABLE = frozenset(
         "model.oft.dropout",
     ]
 )
-"""Keys that population-based training may change in the middle of a training."""
+"""Keys that population-based training may change in the middle of training."""
 
 
 def _is_number(value: Any, low: float, high: float = math.inf) -> bool:

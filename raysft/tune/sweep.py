@@ -51,7 +51,7 @@ def tune(config: Config) -> Config:
 
     Raises:
         RequestError: the space is empty or has unknown keys, or a trial cannot run.
-        RunFailed: a trial failed; the results of the others are written all the same.
+        RunFailed: a trial failed; the results of the others are written anyway.
     """
     space, objectives = dimensions(config), Objectives.of(config.tune)
     if config.tune.search == "optuna":
@@ -72,7 +72,7 @@ def tune(config: Config) -> Config:
 
 
 def _place(config: Config, nodes: Sequence[Node], concurrent: int = 1) -> Config:
-    """Return a trial's config with the workers that fit beside other trials, and as many engines as fit beside it."""
+    """Return a trial's config with the workers that fit alongside other trials, and as many engines as fit alongside it."""
     check_resources(config, nodes, reserved_cpus=TRIAL_CPUS)
     return with_engines(with_share(config, nodes, concurrent), nodes)
 

@@ -162,7 +162,7 @@ def with_engines(config: Config, nodes: Sequence[Node]) -> Config:
     """Set the number of engines of a trial: by default they would spread over the whole cluster, where other trials train.
 
     Raises:
-        RequestError: no engine fits beside the trial itself.
+        RequestError: no engine fits alongside the trial itself.
     """
     if not config.generates:
         return config
@@ -208,7 +208,7 @@ def _fitting(config: Config, nodes: Sequence[Node], workers: int) -> int:
 
 
 def with_share(config: Config, nodes: Sequence[Node], concurrent: int) -> Config:
-    """Limit an elastic trial to the workers that fit beside other trials, and beside its own process and its data tasks.
+    """Limit an elastic trial to the workers that fit alongside other trials, and alongside its own process and its data tasks.
 
     Ray Train asks for as many as fit on the nodes, whatever else is there: one trial would hold what the next one waits for.
 

@@ -78,7 +78,7 @@ def groups(orders: Sequence[np.ndarray], random: np.random.Generator | None) -> 
 
     Args:
         orders: the ordered examples of each source.
-        random: source of the order within a group; None keeps the sources one after the other.
+        random: source of the order within a group; None keeps the sources one after another.
     """
     if random is None:
         orders = [np.concatenate(orders)]

@@ -40,7 +40,7 @@ def build_shards(
 
     Args:
         sets: the shard sets; the same set may occur twice.
-        model: folder or hub ID of the model whose tokenizer is used.
+        model: folder or Hub id of the model whose tokenizer is used.
         max_rejected: fraction of a source's records that may be unusable.
         chat_template: Jinja text to use instead of the tokenizer's own.
         notify: called with lines about the progress.
@@ -99,7 +99,7 @@ def _take(shards: ShardSet, locks: ExitStack, notify: Notify) -> bool:
         try:
             locks.enter_context(lock(shards.directory, notify))
         except LockDenied:
-            return True  # it is written all the same, or the storage says why not
+            return True  # it is written anyway, or the storage says why not
         except OSError as error:
             raise RequestError(
                 f"data.cache: {shards.directory.parent} does not contain the tokenized data and cannot be written to "

@@ -52,7 +52,7 @@ class HeldOut:
 
         Args:
             config: the run's config.
-            model: folder or hub ID of the model whose tokenizer is used.
+            model: folder or Hub id of the model whose tokenizer is used.
             notify: called with lines about the progress.
 
         Raises:

@@ -34,7 +34,7 @@ SHARD_BYTES = 16 << 20
 """Approximate limit on the bytes of these records. No limit depends on the cluster, so shards are the same everywhere. A request to
 stop is heard after each, and what is under way is repeated: of the slowest records, tool calls, 11 s of CPU time."""
 READ_BYTES = 64 << 20
-"""Limit on the bytes that one reading task reads; a larger file is a task of its own."""
+"""Limit on the bytes that one reading task reads; a larger file gets its own task."""
 LOCAL_BYTES = 64 << 20
 """Data up to this size is tokenized in the driver. The processes of the tasks take longer to start than they save: on two cores,
 preparing 4 MB takes 5 s in all instead of 14 s, and 51 MB 13 s instead of 20 s."""

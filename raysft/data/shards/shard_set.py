@@ -84,7 +84,7 @@ def resolve_shard_set(
         config: the run's config.
         source: one of its sources; a source of the registry is looked up.
         split: which of its examples.
-        model: folder or hub ID of the model whose tokenizer is used.
+        model: folder or Hub id of the model whose tokenizer is used.
         with_prompts: also keep prompts and references, for generation.
         limit: hash of an opening below which examples are held out. Default: that of the fraction ``data.holdout``.
 

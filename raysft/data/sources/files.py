@@ -26,11 +26,11 @@ from raysft.storage.retry import FIRST_SECONDS, retry_for
 DOCUMENTATION_PREFIXES = ("README", "LICENSE", "LICENCE")
 """Prefixes of documentation files, which are skipped. Other files of an unknown kind are refused: they might be data."""
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-"""Endings of images, which may lie beside the records that name them."""
+"""Endings of images, which may lie next to the records that name them."""
 DATASETS_METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")
-"""A registry, and the metadata files that ``datasets`` saves beside its data, along with a ``state.json``."""
+"""A registry, and the metadata files that ``datasets`` saves next to its data, along with a ``state.json``."""
 SPLITS_METADATA = "dataset_dict.json"
-"""The file that ``datasets`` saves beside the folders of several splits."""
+"""The file that ``datasets`` saves next to the folders of several splits."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _expand(pattern: str, name: str) -> Iterator[DataFile]:
 
 
 def _list_files(location: str) -> list[Any]:
-    if "://" not in location or location.startswith(("hf://", "ms://")):  # requests to hubs have retries of their own
+    if "://" not in location or location.startswith(("hf://", "ms://")):  # requests to hubs have their own retries
         return list(_matching(*filesystem_of(location)))
     with retry_for(FIRST_SECONDS):
         return StoragePath.of(location).with_retries(lambda filesystem, path: list(_matching(filesystem, path)))

@@ -15,7 +15,7 @@ def default_subset(dataset: str, where: str) -> str:
     """Return the subset that ``datasets`` takes where none is named: ``default``, or the only one.
 
     Args:
-        dataset: ``OWNER/NAME`` on the hub.
+        dataset: ``OWNER/NAME`` on the Hub.
         where: the registry's entry, for messages.
 
     Raises:

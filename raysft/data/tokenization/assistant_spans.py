@@ -120,7 +120,7 @@ class ChatTemplate:
             if copies and not given.tools and (static := self._static_template(given.roles)):
                 return Rendered(*static.fill([turn["content"] for turn in given.turns]), given)
             text, spans = self._render(given)
-        except Exception as error:  # a template may raise errors of its own
+        except Exception as error:  # a template may raise any error
             attempts.error = attempts.error or error
             return None
         if not given.may_be_omitted:
@@ -178,7 +178,7 @@ class ChatTemplate:
 
     @cached_property
     def writes_own_system(self) -> bool:
-        """True if the template gives a system message of its own to conversations that have none."""
+        """True if the template gives its own system message to conversations that have none."""
         question: Turn = {"role": "user", "content": "\uf2b3"}
         try:
             own = self.render([question], (), False)

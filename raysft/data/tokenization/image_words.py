@@ -82,7 +82,7 @@ class ImageWords:
                     self.template([{"role": "user", "content": content}, *following], (), False)
                     for content in ([before, after], [before, {"type": "image"}, after])
                 )
-            except Exception:  # a template may raise errors of its own
+            except Exception:  # a template may raise any error
                 continue
             start = len(commonprefix([without, text]))  # noqa: RUF071 (it compares characters on purpose)
             end = len(text) - len(commonprefix([without[start:][::-1], text[start:][::-1]]))  # noqa: RUF071

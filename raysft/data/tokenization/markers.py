@@ -145,7 +145,7 @@ def _render_marked(
     marked = tuple(writer.mark_turn(index, turn, key) if index in chosen else turn for index, turn in enumerate(turns))
     try:
         rendered = render(marked, marked_tools, False) if writer.markers else text
-    except Exception:  # a template may raise errors of its own
+    except Exception:  # a template may raise any error
         return None
     positions: dict[str, tuple[int, ...]] = {}
     end = 0

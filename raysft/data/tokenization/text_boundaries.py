@@ -42,7 +42,7 @@ def before_common_end(text: str, other: str) -> str:
 
 
 def contains_in_order(text: str, contents: Sequence[str]) -> bool:
-    """Return True if the text contains all contents, one after the other."""
+    """Return True if the text contains all contents, one after another."""
     position = 0
     for content in contents:
         position = text.find(content, position)

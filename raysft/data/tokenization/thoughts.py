@@ -230,7 +230,7 @@ def _common_beginning(texts: Sequence[str]) -> str:
 def _render(render: Render, turns: Sequence[Turn], prompts: bool) -> str:
     try:
         return render(turns, (), prompts)
-    except Exception:  # a template may raise errors of its own
+    except Exception:  # a template may raise any error
         return ""
 
 

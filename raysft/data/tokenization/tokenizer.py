@@ -48,7 +48,7 @@ class Tokenizer:
         """Load a model's tokenizer and take it apart.
 
         Args:
-            model: folder or hub id.
+            model: folder or Hub id.
             chat_template: Jinja text to use instead of the tokenizer's own.
             runs_code: allow the model's own code to run in this process. The tasks need none of it.
 

@@ -187,7 +187,7 @@ class TurnBoundaries:
         """Render a conversation; None if the template refuses it."""
         try:
             return self.render(turns, tools, add_generation_prompt)
-        except Exception:  # a template may raise errors of its own
+        except Exception:  # a template may raise any error
             return None
 
 

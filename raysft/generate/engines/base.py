@@ -38,7 +38,7 @@ def memory_bytes(limits: Sequence[Path] = LIMITS) -> int:
 
 
 def cpu_cache_bytes(engines_per_node: int) -> float:
-    """Bytes that the cache of one of so many engines may take on a CPU."""
+    """Bytes that the cache of one of this many engines may take on a CPU."""
     return memory_bytes() * CPU_MEMORY_SHARE / engines_per_node
 
 

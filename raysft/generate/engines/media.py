@@ -38,16 +38,16 @@ class BatchImages:
     faults: dict[int, str]
     """Why the images of a prompt cannot be used, by its number in the batch."""
     inputs: dict[tuple[int, ...], dict[str, torch.Tensor]]
-    """For prompts that are read together: what the model takes beside their tokens. By their numbers among those without fault."""
+    """For prompts that are read together: what the model takes besides their tokens. By their numbers among those without fault."""
 
 
 class ImageInputs:
-    """Make what a model takes beside the tokens of prompts with images.
+    """Make what a model takes besides the tokens of prompts with images.
 
     Args:
         folder: of the model, or of an adapter.
         runs_code: True if code that comes with the model may run.
-        by_row: keep the images of each prompt together, as a beam search needs it to repeat them; else all are one after the other.
+        by_row: keep the images of each prompt together, as a beam search needs it to repeat them; else all are one after another.
     """
 
     def __init__(self, folder: Path, runs_code: bool, by_row: bool) -> None:
@@ -65,7 +65,7 @@ class ImageInputs:
 
         Args:
             media: of each prompt.
-            groups: given the numbers of the prompts whose images can be used, says which of these, counted anew, are read together.
+            groups: given the numbers of the prompts whose images can be used, says which of these, renumbered, are read together.
         """
         with ThreadPoolExecutor(READERS) as readers:
             read_prompts = list(readers.map(_images_of, media))

@@ -1,4 +1,4 @@
-"""Sampling that depends on the prompt alone, whatever else is in its batch."""
+"""Sampling that depends on the prompt alone, regardless of what else is in its batch."""
 
 from __future__ import annotations
 

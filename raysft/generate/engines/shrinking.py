@@ -21,7 +21,7 @@ Arguments = Callable[[list[int], torch.Tensor, int, int], dict[str, Any]]
 """Returns further arguments of ``model.generate`` for rows: the index of each row's prompt, its padding, the columns before the
 first new token, and the new tokens that may follow."""
 Inputs = Callable[[list[int], torch.Tensor], dict[str, Any]]
-"""Returns what the model takes beside the tokens of prompts that are read together: by their indices and padded rows."""
+"""Returns what the model takes besides the tokens of prompts that are read together: by their indices and padded rows."""
 
 
 class EnoughDone(StoppingCriteria):
@@ -204,7 +204,7 @@ def join(
 
 
 def group(lengths: Sequence[int], most: int) -> list[list[int]]:
-    """Divide prompts into groups of like length, longest first, of at most so many tokens with padding if they are several.
+    """Divide prompts into groups of like length, longest first, of at most this many tokens with padding if they are several.
 
     >>> group([2, 9, 3, 4, 3], most=9)
     [[1], [3, 2], [4, 0]]
@@ -262,7 +262,7 @@ def can_shrink(model: Any, padding: int) -> bool:
 
 
 def is_plain(cache: Any, model: Any, tokens: int) -> bool:
-    """True if a cache holds keys and values of so many tokens, in the layers that transformers makes for the model's config."""
+    """True if a cache holds keys and values of this many tokens, in the layers that transformers makes for the model's config."""
     if type(cache) is not DynamicCache or cache.get_seq_length() != tokens:  # virtual tokens come before the prompt's
         return False
     # A model for which other layers are needed brings its own cache, which is not replaced.

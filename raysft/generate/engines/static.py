@@ -191,7 +191,7 @@ class TransformersEngine(ModelEngine):
         return grow(self._model, prompts, limits, self._stops, self._padding, arguments, inputs)
 
     def _inputs(self, images: BatchImages | None, members: list[int], rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return what the model takes beside the padded tokens of prompts that are read together."""
+        """Return what the model takes besides the padded tokens of prompts that are read together."""
         made = images.inputs.get(tuple(members)) if images else None
         if made is None:
             return {}

@@ -31,7 +31,7 @@ def resampled_sums(statistics: np.ndarray, seed: int, resamples: int = RESAMPLES
     """Sums of the statistics over resamples: as many examples as there are, drawn with replacement.
 
     A resample is a vector that counts how often each example was drawn (multinomial), so that the sums of many resamples
-    are one matrix product: 1,000 resamples of 100,000 examples take a few seconds, whatever the number of metrics.
+    are one matrix product: 1,000 resamples of 100,000 examples take a few seconds, regardless of the number of metrics.
     The same seed and number of examples give the same draws: two models are compared on the same resamples.
 
     Args:

@@ -43,7 +43,7 @@ def check(config: Config) -> None:
 
 @contextlib.contextmanager
 def loaded(name: str) -> Iterator[Any]:
-    """Load an ``evaluate`` module with a temporary folder of its own, so that processes do not share files."""
+    """Load an ``evaluate`` module with its own temporary folder, so that processes do not share files."""
     from raysft.generate.metrics.evaluate_import import evaluate  # before its parts
     from evaluate import config as evaluate_config  # isort: skip
     from evaluate.loading import import_main_class  # isort: skip

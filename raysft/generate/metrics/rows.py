@@ -69,7 +69,7 @@ def write_metrics(run: RunDirectory, rows: Sequence[MetricRow]) -> None:
 
 
 def write_step_metrics(run: RunDirectory, step: int, rows: Sequence[MetricRow]) -> dict[str, float]:
-    """Write the scores of a step's predictions beside them, and with the step into ``metrics.jsonl``; rows of later steps go.
+    """Write the scores of a step's predictions next to them, and with the step into ``metrics.jsonl``; rows of later steps go.
 
     Returns:
         The numbers of the step's ``predict_results.json``.

@@ -29,7 +29,7 @@ def follow_to_end(name: str, namespace: list[str], notify: Notify, log: ShownLog
     Args:
         name: of the RayJob.
         namespace: option of kubectl.
-        notify: receives a line for each thing that happens beside the output.
+        notify: receives a line for each thing that happens besides the output.
         log: shows the output.
 
     Raises:

@@ -91,7 +91,7 @@ def _gpu_pods(config: Config, workers: int) -> int:
 
 
 def _cpu_pods(config: Config, workers: int) -> int:
-    """Least number of pods that hold so many workers beside the data tasks."""
+    """Smallest number of pods that hold this many workers alongside the data tasks."""
     per_worker, cpus = config.scaling.cpus_per_worker, config.cluster.workers.cpus
     per_pod = Node(float(cpus)).capacity(per_worker)
     if not per_pod:

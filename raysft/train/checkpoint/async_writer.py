@@ -22,9 +22,9 @@ from raysft.train.checkpoint.cursor import Cursor
 from raysft.train.checkpoint.parts import Snapshot
 
 SAVE_SECONDS = 1800
-"""How long the end of a training waits for the last checkpoint."""
+"""How long the end of training waits for the last checkpoint."""
 STALL_SECONDS = 300
-"""How long a training waits for the previous checkpoint; well below the timeout of other workers in a collective."""
+"""How long training waits for the previous checkpoint; well below the timeout of other workers in a collective."""
 
 
 class AsyncWriter:

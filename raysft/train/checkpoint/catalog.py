@@ -30,7 +30,7 @@ def complete(checkpoints: StoragePath | Path) -> Iterator[StoragePath]:
 
 
 def newest(checkpoints: StoragePath | Path) -> ResumePoint | None:
-    """Return the newest complete checkpoint: the one that a training resumes from."""
+    """Return the newest complete checkpoint: the one that a training run resumes from."""
     return next((ResumePoint(folder, cursor) for cursor, folder in _complete(StoragePath.of(checkpoints))), None)
 
 

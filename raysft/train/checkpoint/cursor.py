@@ -1,4 +1,4 @@
-"""The position of a training, in each checkpoint and each record of the log."""
+"""The position of a training run, in each checkpoint and each record of the log."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Best:
 
 @dataclass(frozen=True)
 class Cursor:
-    """The position of a training; with the seed and the manifests it determines exactly which rows remain."""
+    """The position of a training run; with the seed and the manifests it determines exactly which rows remain."""
 
     step: int
     """Optimizer steps done."""

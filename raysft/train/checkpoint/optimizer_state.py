@@ -1,4 +1,4 @@
-"""The state of a training besides its tensors: counters, random states and the scale of the loss."""
+"""The state of a training run besides its tensors: counters, random states and the scale of the loss."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from raysft.train.optimizer_makers import is_elementwise
 SETTINGS = ("lr", "initial_lr", "betas", "eps", "weight_decay")
 """Settings in an optimizer's groups that the config decides."""
 LIBRARIES = ("pytorch_optimizer.", "apollo_torch.")
-"""Packages whose classes an optimizer's state may hold (projectors, blocks), beside tensors and plain values."""
+"""Packages whose classes an optimizer's state may hold (projectors, blocks), besides tensors and plain values."""
 
 
 def is_by_weight(engine: Any) -> bool:

@@ -138,7 +138,7 @@ def read_state(folder: StoragePath, local_folder: StoragePath, part: int) -> dic
     """Read a worker's state besides its tensors.
 
     Raises:
-        CorruptCheckpoint: the file could run code, whatever its digest says.
+        CorruptCheckpoint: the file could run code, regardless of its digest.
     """
     name = f"state_{part}.pt"
     try:

@@ -1,4 +1,4 @@
-"""The checkpoint that a training resumes from."""
+"""The checkpoint that a training run resumes from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The state of a training, apart from its config, model and data: copied from an engine, and restored in another one.
+"""The state of a training run, apart from its config, model and data: copied from an engine, and restored in another one.
 
 Any number of workers can resume: fragments are stored by the parameter's name and their offset in it, so they are independent of
 the number of workers and of the ZeRO stage.
@@ -81,7 +81,7 @@ def snapshot(engine: Any, cursor: Cursor, log: Sequence[Any] = ()) -> Snapshot:
 
 @torch.no_grad()
 def load(engine: Any, lr_scheduler: Any, resume: ResumePoint) -> list[Any]:
-    """Restore the state of a training from a checkpoint that any number of workers wrote.
+    """Restore the state of a training run from a checkpoint that any number of workers wrote.
 
     The optimizer's settings and the learning rate follow the current config: the rate depends on the step's number alone. Workers
     that did not exist when the checkpoint was written draw their own random numbers (dropout); all else continues unchanged.
