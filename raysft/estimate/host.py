@@ -38,5 +38,5 @@ def host_memory(sizes: ModelSizes, setup: Setup, needed: Memory, ranks: int, gpu
 
 
 def _beside(sizes: ModelSizes, setup: Setup) -> int:
-    """Elements that are loaded beside the model; of a copy those that are shared are dropped again."""
+    """Elements that are loaded in addition to the model; those of a copy that are shared are dropped again."""
     return setup.reference + (sizes.total if setup.copies_start else 0)

@@ -36,7 +36,7 @@ class LongestRow:
 def longest_rows(
     config: Config, tokens: int, gpu: bool, workers: int, limit: float, memory_of: Callable[[Config, int], Memory]
 ) -> Iterator[LongestRow]:
-    """Yield the longest row as the config is, and with each setting that makes longer ones fit, beside those before it.
+    """Yield the longest row as the config is, and with each setting that makes longer ones fit, on top of those before it.
 
     Args:
         config: that needs too much.

@@ -69,7 +69,7 @@ class Setup:
     """Elements of a frozen model in addition to the trained one."""
 
     def frozen_beside(self, sizes: ModelSizes) -> int:
-        """Elements of all frozen weights beside the model, which exist as often as its own."""
+        """Elements of all frozen weights besides the model's, which exist as often as its own."""
         return self.reference + (sizes.trained_elements if self.copies_start else 0)
 
 
@@ -88,7 +88,7 @@ class States:
     arrived: float
     """Gradients that are kept when that of the embedding arrives, which is the last."""
     ended: float
-    """Gradients when the backward pass has ended, beside those in the bucket."""
+    """Gradients when the backward pass has ended, besides those in the bucket."""
     gradients: float
     """Gradients when the step begins."""
     step: float

@@ -38,7 +38,7 @@ from raysft.train.router_loss import RouterLoss
 
 INPUTS = ("input_ids", "position_ids", "targets")
 LOSS_ROWS = (1, 2, 4, 8, 16, 32, 64)
-"""Rows of a microbatch for which the loss is traced, beside those of the config."""
+"""Rows of a microbatch for which the loss is traced, in addition to those of the config."""
 FIRST, LAST = 2, 3
 """Chunks of logits that are traced at both ends; those between them are one, without logits: a call of each takes 20 ms."""
 

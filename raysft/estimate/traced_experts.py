@@ -60,7 +60,7 @@ def elements_of_adapters(model: Any) -> int:
 
 
 def bytes_in_kernel(model: Any) -> float:
-    """Return the bytes in the kernel for each token of a microbatch, beside the experts' weights."""
+    """Return the bytes in the kernel for each token of a microbatch, besides the experts' weights."""
     layers = [module.experts_of_layer for module in model.modules() if hasattr(module, "experts_of_layer")]
     if not layers:
         return 0.0

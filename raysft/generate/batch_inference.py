@@ -68,7 +68,7 @@ def generate(
         outputs: in the order in which they are generated, each with a separate file.
         progress: report progress on stderr.
         notify: gets a line when it is an output's turn.
-        room: what the engines may use, and beside which scoring starts no tasks. Default: the whole cluster.
+        room: what the engines may use; if given, scoring starts no tasks. Default: the whole cluster.
         listener: is told of its progress.
 
     Returns:

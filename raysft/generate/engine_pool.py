@@ -125,7 +125,7 @@ def size_pool(config: Config, cluster: Sequence[Node], batches: int, shrinks: bo
         raise RequestError(
             f"generation needs 1 {unit}, but the cluster has none ({listed(cluster, use_gpu)}); {remedy}"
         )
-    # A CPU reserved beside the GPU could only prevent an engine from being placed.
+    # A CPU reserved in addition to the GPU could only prevent an engine from being placed.
     cpus, gpus = (0.0, float(gpus_per_engine)) if use_gpu else (1.0, 0.0)
     per_node = [node.capacity(cpus, gpus) for node in cluster]
     most = sum(per_node)

@@ -132,7 +132,7 @@ def _loaded(content: bytes, reduced: bool = False) -> tuple[Any, tuple[int, int]
         ) from None
     except Image.DecompressionBombError:
         raise Unreadable(f"has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels; scale it down") from None
-    except Exception as error:  # decoders raise whatever a broken file leads them to
+    except Exception as error:  # decoders may raise anything on a broken file
         raise Unreadable(f"is corrupt ({one_line(error)})") from None
 
 

@@ -1,4 +1,4 @@
-"""Small pictures for pages that are one file and fetch nothing."""
+"""Thumbnails for pages that are one file and fetch nothing."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from dataclasses import dataclass
 from typing import Any
 
 SIDE = 128
-"""Longest side of a picture in pixels."""
+"""Longest side of a thumbnail in pixels."""
 SMALL = 96
 """An image with sides that are several times shorter is enlarged to about this, with visible pixels."""
 
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """A small picture of an image."""
+    """A thumbnail of an image."""
 
     source: str
-    """The picture as a data URL."""
+    """The thumbnail as a data URL."""
     width: int
-    """Of the picture on the page, in pixels."""
+    """Of the thumbnail on the page, in pixels."""
     enlarged: bool
 
 
 def thumbnail(image: Any) -> Thumbnail:
-    """Make a small picture of a PIL image in RGB, which it may change."""
+    """Make a thumbnail of a PIL image in RGB, which it may change."""
     image.thumbnail((SIDE, SIDE))
     factor = max(1, SMALL // max(image.size))
     return Thumbnail(_data_url(image), factor * image.size[0], factor > 1)

@@ -71,7 +71,7 @@ def write_ends(folder: Path, ends: Sequence[int]) -> None:
 
 
 def learned_ends(folder: Path, tokenizer: Any) -> list[int]:
-    """Return the EOS token of a folder's tokenizer, in a list, if the generation config beside it stops there."""
+    """Return the EOS token of a folder's tokenizer, in a list, if the generation config next to it stops there."""
     path = folder / "generation_config.json"
     stops = _listed(json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")) if path.exists() else []
     return [tokenizer.eos_token_id] if tokenizer.eos_token_id in stops else []

@@ -80,7 +80,7 @@ def example_lengths(positions: np.ndarray) -> np.ndarray:
 
     Args:
         positions: [rows, tokens], starting at 0 in each example, and where padding begins. Each row begins with an example,
-            whatever its first position.
+            regardless of its first position.
     """
     begins = positions == 0
     begins[:, 0] = True

@@ -45,7 +45,7 @@ def _quiet() -> Iterator[None]:
 def _convert(file: Path, folder: Path, key: str) -> None:
     import torch
 
-    # Files beside it might name code; a GGUF needs none.
+    # Files next to it might name code; a GGUF needs none.
     what: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
     try:
         model = load_weights(file.parent, dtype=torch.float32, **what)

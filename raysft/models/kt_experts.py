@@ -193,7 +193,7 @@ def _first_pass() -> Iterator[None]:
 
 
 def _passed_on(adapter: Any, x: torch.Tensor, *arguments: Any, **options: Any) -> Any:
-    """Call the experts without adding the adapter to their weights: the kernel computes it beside them."""
+    """Call the experts without adding the adapter to their weights: the kernel computes it separately."""
     return adapter.base_layer(x, *arguments, **options)
 
 

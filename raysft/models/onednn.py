@@ -136,7 +136,7 @@ def pack_linear(model: nn.Module, rows: int) -> int:
 
 
 def _alike(model: nn.Module, least: int) -> list[list[str]]:
-    """Name the layers with at least so many weights, together those that share weight and bias.
+    """Name the layers with at least this many weights, grouping those that share weight and bias.
 
     Names only: whoever held the layers would hold their weights until all are packed.
     """

@@ -110,7 +110,7 @@ def image_text(processor: Any, width: int, height: int, beside: bool = False) ->
 
     Raises:
         RequestError: the processor does not say it for any image.
-        Exception: whatever the processor raises for an image of this size.
+        Exception: anything the processor raises for an image of this size.
     """
     asked: dict[str, Any] = {
         "text": [processor.image_token * (2 if beside else 1)],

@@ -75,7 +75,7 @@ def check_code_of(folder: Path, remedy: str) -> None:
 
 
 def _references(hf_config: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> list[str]:
-    """Return the classes of their own that the configs of a model and of its tokenizer name."""
+    """Return the custom classes that the configs of a model and of its tokenizer name."""
     return [*_strings(hf_config.get("auto_map")), *_strings(tokenizer.get("auto_map"))]
 
 

@@ -129,7 +129,7 @@ def without_recomputation(layer: Any) -> Any:
 
 
 def recomputes_itself(layer: Any) -> bool:
-    """Return True for a layer that is computed again in the backward pass, or not, by a flag of its own."""
+    """Return True for a layer that is computed again in the backward pass, or not, by its own flag."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return isinstance(layer, GradientCheckpointingLayer)

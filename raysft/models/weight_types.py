@@ -184,7 +184,7 @@ def bytes_of(dtype: str) -> int:
 
 
 def _stays_by_name(model: Path, dtype: str) -> Callable[[str], bool]:
-    """As ``stays_float32``, for a model of which only the names are known; one with code of its own keeps nothing apart."""
+    """Like ``stays_float32``, for a model of which only the names are known; one with its own code keeps nothing apart."""
     import torch
     from transformers import AutoConfig
 

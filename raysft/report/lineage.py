@@ -13,7 +13,7 @@ from raysft.report.sweep import Sweep, Trial
 MAX_ROWS = 80
 """Number of trials that are drawn: those that went on from others first, and those that others went on from."""
 ARROWS, ARROW_GAP = 12, 4
-"""Number of arrows of one step that stand beside each other, and the distance between them."""
+"""Number of arrows of one step that stand next to each other, and the distance between them."""
 WIDTH = 940
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 20, 8, 34
 
@@ -59,7 +59,7 @@ def lineage(sweep: Sweep) -> Markup | None:
     for trial in rows:
         for name, step in trial.parents:
             if name in tops:
-                # Many trials continue at the same step: their arrows stand beside each other.
+                # Many trials continue at the same step: their arrows stand next to each other.
                 beside = ARROW_GAP * (at_step[step] % ARROWS)
                 at_step[step] += 1
                 text = _sentence(sweep, trial, name, step)

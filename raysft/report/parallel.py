@@ -22,7 +22,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 70, 30, 26
 def parallel(sweep: Sweep, configurations: Sequence[Configuration]) -> Markup | None:
     """The drawing; None with fewer than two configurations or without a setting that varies.
 
-    Lines are drawn from the worst to the best, the best one in a color of its own.
+    Lines are drawn from the worst to the best, the best one in its own color.
     """
     keys = [
         key for key in sweep.keys if len({repr(one.values[key]) for one in configurations if key in one.values}) > 1

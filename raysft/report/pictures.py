@@ -1,4 +1,4 @@
-"""Images of prompts as small pictures on a page: inside the page, since it fetches nothing."""
+"""Images of prompts as thumbnails on a page: embedded in the page, since it fetches nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from raysft.report.text import masked, visible
 from raysft.storage.retry import retry_for
 
 MOST = 6
-"""Pictures of a prompt that are shown."""
+"""Number of images of a prompt that are shown."""
 READERS = 4
 
 
@@ -37,7 +37,7 @@ def locations(row: dict[str, Any]) -> list[str]:
 
 
 def draw(rows: Iterable[dict[str, Any]]) -> dict[str, Picture]:
-    """Return the pictures that predictions show, by location. Each file is read once."""
+    """Return the thumbnails that predictions show, by location. Each file is read once."""
     wanted = dict.fromkeys(location for row in rows for location in locations(row)[:MOST])
     silent: set[str] = set()
     with ThreadPoolExecutor(READERS) as readers:
@@ -45,7 +45,7 @@ def draw(rows: Iterable[dict[str, Any]]) -> dict[str, Picture]:
 
 
 def pictures(row: dict[str, Any], drawn: dict[str, Picture]) -> tuple[Sequence[Picture], int]:
-    """Return the pictures of a prediction's prompt, and how many more images it has."""
+    """Return the thumbnails of a prediction's prompt, and how many more images it has."""
     named = locations(row)
     return [drawn[location] for location in named[:MOST]], max(0, len(named) - MOST)
 
@@ -65,7 +65,7 @@ def picture(location: str, silent: set[str]) -> Picture:
     try:
         with retry_for(0):
             image = open_image(read(location))
-    except (ValueError, OSError):  # Unreadable, or the location is none
+    except (ValueError, OSError):  # Unreadable, or not a location
         return Picture(name, shown)
     except StorageFailed:
         silent.add(storage)

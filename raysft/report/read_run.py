@@ -64,7 +64,7 @@ class RunLog:
 
     @property
     def evaluation_sets(self) -> list[str]:
-        """Names of the evaluation sets if there are several, which then have results of their own; otherwise none."""
+        """Names of the evaluation sets if there are several, which then have their own results; otherwise none."""
         keys = [key for record in (*self.evaluations, self.evaluated) for key in record]
         names = list(dict.fromkeys(match[1] for key in keys if (match := _SET_LOSS.fullmatch(key))))
         return names if len(names) > 1 else []

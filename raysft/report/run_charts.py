@@ -13,7 +13,7 @@ WIDE, NARROW = (940, 340), (440, 280)
 RAW_RUNS = 2
 """Largest number of runs whose values are drawn below their smoothed curves."""
 MAX_SETS = 6
-"""Number of evaluation sets with a chart of their own."""
+"""Number of evaluation sets with their own chart."""
 
 _Records = Callable[[RunLog], list[dict[str, Any]]]
 

@@ -66,7 +66,7 @@ def evaluation_facts(log: RunLog) -> list[tuple[str, str]]:
 
 
 def training_facts(log: RunLog) -> list[tuple[str, str]]:
-    """Numbers of ``train_results.json``, those with a label of their own first."""
+    """Numbers of ``train_results.json``, those with their own label first."""
     others = {key: (key.replace("_", " "), "decimal") for key in sorted(log.trained.keys() - _TRAINING.keys())}
     return _labelled(log.trained, _TRAINING | others)
 

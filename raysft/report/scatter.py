@@ -25,7 +25,7 @@ class Point:
     spread: float | None = None
     """Half the length of its interval."""
     shift: float = 0.0
-    """Share of the axis by which it stands beside its place, so that points of a category do not cover each other."""
+    """Share of the axis by which a point is shifted from its place, so that points of a category do not cover each other."""
 
 
 @dataclass(frozen=True)

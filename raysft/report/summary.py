@@ -104,7 +104,7 @@ def _warnings(console: Console, warnings: Sequence[str]) -> None:
 
 
 def _samples(console: Console, log: RunLog) -> None:
-    """A few predictions, beside the reference and the prediction before training."""
+    """A few predictions, next to the reference and the prediction before training."""
     rows = list(itertools.islice(read_lines(log.directory.predictions), SAMPLES))
     ids = {row.get("id") for row in rows} - {None}
     before = {row["id"]: row for row in read_lines(log.directory.base_predictions) if row.get("id") in ids}

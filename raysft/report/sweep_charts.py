@@ -20,11 +20,11 @@ from raysft.report.text import shortened, visible
 MAX_DRAWN = 400
 """Number of trials that a chart draws: the best ones, and others evenly over the sweep."""
 NAMED_CURVES = 8
-"""Largest number of learning curves that have colors of their own."""
+"""Largest number of learning curves that have their own colors."""
 MANY_CURVES = 40
 """Number of curves from which they are fainter."""
 MAX_SLICES = 24
-"""Number of settings with a chart of their own."""
+"""Number of settings with their own chart."""
 
 
 def drawn(sweep: Sweep) -> list[Configuration]:
@@ -92,7 +92,7 @@ def slices(sweep: Sweep, configurations: Sequence[Configuration]) -> list[Scatte
 
 
 def pareto(sweep: Sweep, configurations: Sequence[Configuration]) -> list[Scatter]:
-    """The second and later objectives by the first, with the front as a line of its own color; empty with one objective."""
+    """The second and later objectives by the first, with the front as a line in its own color; empty with one objective."""
     if len(sweep.objectives) < 2 or not configurations:
         return []
     charts, (first, first_lowest) = [], sweep.objectives[0]
@@ -186,7 +186,7 @@ def _style(trial: Trial) -> str:
 
 
 def _shift(number: int) -> float:
-    """Where a point stands beside its category, from -0.3 to 0.3, evenly in every part of the sequence.
+    """Where a point stands next to its category, from -0.3 to 0.3, evenly in every part of the sequence.
 
     The golden ratio's multiples, modulo 1, never cluster.
     """

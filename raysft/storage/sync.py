@@ -116,7 +116,8 @@ def synced(directory: RunDirectory, notify: Callable[[str], None]) -> Iterator[C
     """Fetch the files of a remote run directory, and push them during the block and at its end.
 
     Yields:
-        Pushes them at once, for what must be there before the run goes on; raises StorageFailed if the storage does not take them.
+        Pushes them at once, for what must be there before the run continues; raises StorageFailed if the storage does not take
+        them.
 
     Raises:
         RunFailed: the storage does not take them at the end.

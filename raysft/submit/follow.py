@@ -78,7 +78,7 @@ def follow(jobs: Jobs, job: str, log: ShownLog, notify: Callable[[str], None]) -
 
 
 async def _tail(jobs: Jobs, job: str, log: ShownLog, quiet: float) -> None:
-    """Show a log until its connection ends, or has brought nothing for so many seconds."""
+    """Show a log until its connection ends, or has brought nothing for this many seconds."""
     log.restart()
     chunks, task = jobs.tail(job), None
     try:

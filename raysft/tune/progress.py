@@ -151,7 +151,7 @@ class WithoutMetric(ray.tune.stopper.Stopper):
 def recorder(
     config: Config, record: Record, total: int, concurrent: int, known: Callable[[], Mapping[str, TrialRecord]]
 ) -> Recorder:
-    """Return the callback that records and shows a sweep of so many trials, so many of them at a time.
+    """Return the callback that records and shows a sweep of this many trials, running this many at a time.
 
     Args:
         config: the sweep's config.

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from raysft.storage.json_files import read_jsonl
 
 State = Literal["running", "done", "stopped", "failed", "interrupted"]
-"""``stopped``: a scheduler ended it; ``interrupted``: the sweep's time was over, and it goes on when the sweep is started again."""
+"""``stopped``: a scheduler ended it; ``interrupted``: the sweep's time was up; it continues when the sweep is restarted."""
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ class Search(Searcher):
         }
 
     def _fill(self) -> bool:
-        """Queue trials if none wait; return False if none is to start any more."""
+        """Queue trials if none wait; return False if no more should start."""
         if current().request is not None or (self._deadline is not None and time.time() >= self._deadline):
             return False
         while not self._queue:

@@ -64,7 +64,7 @@ class Trainable(ray.tune.Trainable):
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        """Remember the folder that Ray started this process in: Tune changes into one of its own."""
+        """Remember the folder that Ray started this process in: Tune changes into its own."""
         self._started_in = os.getcwd()
         super().__init__(*arguments, **options)
 

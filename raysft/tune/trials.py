@@ -22,7 +22,7 @@ TRIAL_CPUS = 0.1
 DRAWS = 1000
 """Draws per configuration that are given to a random search to find different ones."""
 PROBES = 64
-"""Combinations of other values that are tried beside a value before it is refused."""
+"""Combinations of other values that are tried with a value before it is refused."""
 
 
 @dataclass(frozen=True)
@@ -95,13 +95,13 @@ def _draws(config: Config, space: Sequence[Dimension]) -> list[Trial]:
 def probes(config: Config, space: Sequence[Dimension]) -> dict[str, list[Trial]]:
     """Find a valid config for every choice and for the ends of every range.
 
-    Where settings depend on each other, a value may need others than the first ones beside it.
+    Where settings depend on each other, a value may need values other than the first ones with it.
 
     Returns:
         Trials by key, in the order of ``Dimension.probes``.
 
     Raises:
-        RequestError: a value makes no valid config, whatever of the others is beside it.
+        RequestError: a value makes no valid config, whichever other values go with it.
     """
     return {dimension.key: [_probe(config, space, dimension, one) for one in dimension.probes()] for dimension in space}
 
@@ -197,7 +197,7 @@ def concurrent_trials(config: Config, nodes: Sequence[Node], wanted: int | None 
 
 
 def _fitting(config: Config, nodes: Sequence[Node], workers: int) -> int:
-    """Number of trials with so many workers that fit into the cluster at a time."""
+    """Number of trials with this many workers that fit into the cluster at a time."""
     scaling = config.scaling
     engines = (config.generate.num_actors or 0) if config.generates else 0
     cpus = workers * scaling.cpus_per_worker + TASK_CPUS
@@ -210,7 +210,8 @@ def _fitting(config: Config, nodes: Sequence[Node], workers: int) -> int:
 def with_share(config: Config, nodes: Sequence[Node], concurrent: int) -> Config:
     """Limit an elastic trial to the workers that fit alongside other trials, and alongside its own process and its data tasks.
 
-    Ray Train asks for as many as fit on the nodes, whatever else is there: one trial would hold what the next one waits for.
+    Ray Train asks for as many as fit on the nodes, regardless of what else is there: one trial would hold what the next one
+    waits for.
 
     Args:
         config: a trial's config.

@@ -44,7 +44,7 @@ def limit_of_fraction(fraction: float) -> int:
 
 
 def limit_of_count(count: int, hashes: np.ndarray) -> int:
-    """Return the limit below which the hashes of so many examples lie, or of a few more, whose opening the last one shares.
+    """Return the limit below which the hashes of this many examples lie, or of a few more, whose opening the last one shares.
 
     Args:
         count: number of examples to hold out.

@@ -33,9 +33,9 @@ BARE_KEYS = ("type", "text", "index", "detail")
 UNTYPED = {"text": "text", "image": "image", "image_url": "image", "video": "video", "audio": "audio"}
 """Key of a part without a type, as Qwen's first examples have them → its type."""
 TURN_KEYS = ("images", "image")
-"""Keys of a turn that hold images of its own, as Ollama has them."""
+"""Keys of a turn that hold its own images, as in Ollama's format."""
 SIZE_KEYS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
-"""Keys with which Qwen's parts ask for a size of their own."""
+"""Keys with which Qwen's parts ask for their own size."""
 UNSUPPORTED = {"videos": "videos", "audios": "audio"}
 """Column of media that nothing here trains on → what it holds."""
 UNSUPPORTED_OF_TURN = (*UNSUPPORTED, "video", "audio")
@@ -95,7 +95,7 @@ def parse_parts(
 
 
 def turn_images(message: Message, turn: Record, where: str) -> Message:
-    """Give a turn the images that it has beside its content: where its marks are, or else before its text.
+    """Give a turn the images that it has next to its content: where its placeholders are, or else before its text.
 
     Raises:
         ValueError: one is not an image, their number is not that of the marks, or the turn has videos or audio.

@@ -90,7 +90,7 @@ def _message(turn: Record, where: str, roles: Mapping[str, str], tags: Mapping[A
     consumed = {*CONSUMED_KEYS, role_key, text_key}
     extra = {key: value for key, value in turn.items() if key not in consumed and value is not None}
     standard = (role_key, text_key) == ("role", "content") and not renamed
-    # Templates get a conversation with images in parts of its own, whatever names the record's parts have.
+    # Templates get a conversation with images in separate parts, regardless of the names of the record's parts.
     original = _original(turn, function_call is not None) if standard and not media else None
     for text in nested_strings((tool_calls, extra, original)):
         require_text(text, where)
@@ -137,7 +137,7 @@ def _parse_calls(content: str, given: Any, where: str) -> tuple[str, Any]:
 
     Args:
         content: the content.
-        given: calls that the turn has beside its content, which then may be any text.
+        given: calls that the turn has besides its content, which then may be any text.
         where: the turn, for messages.
 
     Returns:

@@ -45,5 +45,5 @@ def files_of_part(dataset: str, subset: str | None, split: str | None, where: st
 
 
 def _names(file: str, word: str) -> bool:
-    """True if a path has the word as a part of its own: ``data/train-00000.parquet`` has ``train``."""
+    """True if a path has the word as a separate part: ``data/train-00000.parquet`` has ``train``."""
     return re.search(rf"(?<![^\W_]){re.escape(word)}(?![^\W_])", file) is not None

@@ -84,7 +84,7 @@ class ChatTemplate:
 
         Raises:
             ValueError: a span is not certain, or the template leaves out what it must show.
-            Exception: whatever the template raises.
+            Exception: anything the template raises.
         """
         attempts = _Attempts()
         for given in template_inputs(messages, tools):

@@ -67,7 +67,7 @@ class ThoughtWords:
             next((text for text in (*without, prompted) if end and end in text), opening + closing),
             prompted,
             without,
-            # A template with words of its own for thoughts may copy one in tags as part of the answer.
+            # A template with its own words for thoughts may copy one in tags as part of the answer.
             frozenset(
                 key
                 for key, turn in forms.items()

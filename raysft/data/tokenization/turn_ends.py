@@ -26,7 +26,7 @@ class TurnObservation(NamedTuple):
     """One observation about a trained turn."""
 
     kind: Kind
-    """How it ends: ``end_token``: with a token of its own, such as ``<|im_end|>``; ``end_text``: with ordinary tokens that the
+    """How it ends: ``end_token``: with a dedicated token, such as ``<|im_end|>``; ``end_text``: with ordinary tokens that the
     template writes; ``no_end``: with its content; ``truncated``: its end was cut off.
 
     ``inner_token``: the template writes a token of its own inside the turn.

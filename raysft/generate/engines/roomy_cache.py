@@ -88,7 +88,7 @@ class RoomyLayer(DynamicLayer):
 def _space(parts: Sequence[torch.Tensor], like: torch.Tensor, length: int, capacity: int) -> torch.Tensor:
     """Make room for ``capacity`` tokens, the first ``length`` of which are ``parts``, below each other and padded on the left.
 
-    Zeros, not whatever was in the memory: a masked value that is not a number would still reach the result.
+    Zeros, not what happened to be in memory: a masked value that is not a number would still reach the result.
     """
     _, heads, _, size = like.shape
     space = like.new_zeros(sum(map(len, parts)) or len(like), heads, capacity, size)

@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from raysft.generate.engines.roomy_cache import forget, joined
 
 SHARE = 16
-"""Rows are left out as soon as one in so many has finished: that costs about a tenth of a step."""
+"""Rows are dropped as soon as one in this many has finished: that costs about a tenth of a step."""
 GROUP_TOKENS = 512
 """Tokens of prompts, with their padding, that are read at once: more are hardly faster, but differ more in length."""
 TRIAL_TOKENS = 8
@@ -170,7 +170,7 @@ def read(
 
 
 def shifted_part(model: Any) -> Any:
-    """Return the part of a model that keeps, beside the cache, by how much images shift the positions of a row's later tokens.
+    """Return the part of a model that keeps, besides the cache, by how much images shift the positions of a row's later tokens.
 
     Only Qwen's models for images have one. Its state is that of the last call, whose rows need not be those of the next.
     """
@@ -278,7 +278,7 @@ def is_plain(cache: Any, model: Any, tokens: int) -> bool:
 
 
 def trial(model: Any, rows: torch.Tensor, mask: torch.Tensor, new_tokens: int, padding: int, cache: Any = None) -> Any:
-    """Generate so many tokens greedily, whatever they are; returns the output of ``model.generate``, with logits."""
+    """Generate this many tokens greedily, without stopping early; returns the output of ``model.generate``, with logits."""
     settings = GenerationConfig(
         max_new_tokens=new_tokens,
         do_sample=False,

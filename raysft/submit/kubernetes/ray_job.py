@@ -94,7 +94,7 @@ def _ray_cluster(config: Config, pods: WorkerPods) -> dict[str, Any]:
     spec["headGroupSpec"] = {
         "rayStartParams": {
             "dashboard-host": "0.0.0.0",
-            "num-cpus": "0",  # workers and data tasks beside the run's own process would starve it
+            "num-cpus": "0",  # workers and data tasks next to the run's own process would starve it
             "object-store-memory": object_store_bytes(memory, HEAD_STORE),
         },
         "template": pod_template(config, "head", memory),
