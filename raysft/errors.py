@@ -13,7 +13,7 @@ class RequestError(ValueError):
 
 
 class NotNow(RequestError):
-    """A request that may be right later: another process works in the folder, or what the request needs does not answer."""
+    """A request that may be right later: another process works in the folder, or what the request needs does not respond."""
 
 
 class RunFailed(RuntimeError):
@@ -25,11 +25,11 @@ class RunStopped(Exception):
 
 
 class StorageFailed(RuntimeError):
-    """A storage refused a request, or did not answer within the time limit. The command exits with code 1."""
+    """A storage refused a request, or did not respond within the time limit. The command exits with code 1."""
 
 
 class StorageSilent(StorageFailed):
-    """A storage did not answer within the time limit."""
+    """A storage did not respond within the time limit."""
 
 
 def lacks_space(error: BaseException) -> bool:

@@ -56,7 +56,7 @@ def load_token(discover: bool) -> None:
 
 
 class Head:
-    """A cluster's head, which is asked without ``ray.init``: that waits for minutes, or ends the process, if it does not answer.
+    """A cluster's head, which is asked without ``ray.init``: that waits for minutes, or ends the process, if it does not respond.
 
     The methods raise ``grpc.RpcError``; timeouts are in seconds.
     """

@@ -34,7 +34,7 @@ def status(location: str) -> Status:
     """Return what tells whether a file is still the same, without reading it.
 
     Raises:
-        StorageFailed: its storage does not answer.
+        StorageFailed: its storage does not respond.
     """
     try:
         entry = StoragePath(location).entry()
@@ -49,7 +49,7 @@ def identity(location: str) -> Identity:
     Of what is not a file, such as a folder, nothing is told.
 
     Raises:
-        StorageFailed: its storage does not answer.
+        StorageFailed: its storage does not respond.
     """
     found, local = status(location), StoragePath(location).local
     if found is None:

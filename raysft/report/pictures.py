@@ -55,7 +55,7 @@ def picture(location: str, silent: set[str]) -> Picture:
 
     Args:
         location: its path or URI.
-        silent: storages that did not answer; they are not waited for and not asked again.
+        silent: storages that did not respond; they are not waited for and not asked again.
     """
     shown = visible(masked(location))
     name = shown.rstrip("/").rpartition("/")[2] or shown

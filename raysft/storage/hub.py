@@ -24,7 +24,7 @@ NAMED_SECONDS = 2.0
 WRITE_SECONDS = 60.0
 """Longest wait for the answer to a request that writes: a commit of many large files takes the hub a while."""
 AWAY_SECONDS = 60.0
-"""Time without retries after a server did not answer: cached files load without it, others fail at once."""
+"""Time without retries after a server did not respond: cached files load without it, others fail at once."""
 UNUSABLE = "the Hub's response is not usable; check the name and HF_ENDPOINT, or give a folder"
 CHUNK_BYTES = 1 << 20
 """Most bytes of a download that are lost when it breaks off; a connection that carries fewer would never end it."""
@@ -39,7 +39,7 @@ def bound_requests() -> dict[str, float]:
     """Bound all requests of this process to the hub, whichever library makes them.
 
     Returns:
-        Server → when it last did not answer; kept up to date, and without servers that have answered since.
+        Server → when it last did not respond; kept up to date, and without servers that have answered since.
     """
     import logging
 
@@ -60,7 +60,7 @@ def bound_requests() -> dict[str, float]:
 
 
 def silent_server() -> str:
-    """Return the hub's server if it did not answer just now; the library then says of files that they do not exist."""
+    """Return the hub's server if it did not respond just now; the library then says of files that they do not exist."""
     now = time.monotonic()
     return next((server for server, at in bound_requests().items() if now - at < AWAY_SECONDS), "")
 
@@ -104,7 +104,7 @@ def _send(send: Any, unreachable: dict[str, float], request: Any, **options: Any
         if (paused if file else time.monotonic() - started) + pause > limit:
             unreachable[server] = time.monotonic()
             # On this error, unlike on others, the libraries fall back to their caches.
-            raise OfflineModeIsEnabled(f"{server} does not answer ({reason})")
+            raise OfflineModeIsEnabled(f"{server} does not respond ({reason})")
         if pause >= NAMED_SECONDS:
             print(f"waiting for the Hub: {server} ({reason})", file=sys.stderr)
         time.sleep(pause)

@@ -37,7 +37,7 @@ def open_repository(name: str, private: bool) -> str:
     Raises:
         RequestError: it is no name, there is no token, the token may not write there, or the repository is there and public
             although a private one is asked for.
-        NotNow: the hub does not answer.
+        NotNow: the hub does not respond.
     """
     from huggingface_hub import HfApi, constants, get_token
     from huggingface_hub.errors import HFValidationError

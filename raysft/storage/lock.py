@@ -211,7 +211,7 @@ def _beat(file: StoragePath, me: LockOwner, stopped: threading.Event, notify: Ca
             with retry_for(0):
                 other = _read_owner(file)
         except (OSError, StorageFailed):
-            continue  # the storage does not answer, nor does it to others
+            continue  # the storage does not respond, nor does it to others
         if other is not None and other.token != me.token:
             # This machine was suspended and counted as dead; two processes must not write.
             notify(f"{file.parent}: process {other.process} on {other.host} took over the lock; this process stops")

@@ -172,7 +172,7 @@ def _fetch(api: Any, place: Location, file: str, entry: tuple[int, str], drafts:
 
 @lru_cache(maxsize=64)
 def _listing(kind: str, name: str, revision: str | None, endpoint: str | None) -> dict[str, tuple[int, str]]:
-    """Return size and hash of each file; if the hub does not answer, as it was when it last did."""
+    """Return size and hash of each file; if the hub does not respond, as it was when it last did."""
     root = ("datasets/" if kind == "dataset" else "") + name + (f"@{revision}" if revision else "")
     place = Location(kind, name, revision, "", root)
     key = hashlib.sha256(repr((kind, name, revision, endpoint)).encode()).hexdigest()[:16]
@@ -231,7 +231,7 @@ def _reasons(place: Location) -> Iterator[None]:
         if isinstance(error, away) or getattr(error, "retryable", False):
             reason = f"{status}" if status else reason
             remedy = "check the network and MODELSCOPE_ENDPOINT, or run the same command again"
-            raise NotNow(f"{place}: ModelScope does not answer ({reason}); {remedy}") from None
+            raise NotNow(f"{place}: ModelScope does not respond ({reason}); {remedy}") from None
         raise RequestError(
             f"{place}: ModelScope's response is not usable ({reason}); check the name and MODELSCOPE_ENDPOINT"
         ) from None

@@ -1,6 +1,6 @@
 """Files and folders by local path or URI, with one interface for every filesystem.
 
-Operations on a storage that does not answer are retried for a bounded time, and say what they wait for.
+Operations on a storage that does not respond are retried for a bounded time, and say what they wait for.
 """
 
 from __future__ import annotations
@@ -247,7 +247,7 @@ class StoragePath:
 
         Raises:
             OSError: the folder cannot be created.
-            StorageFailed: the storage refused, did not answer, or is not an object store.
+            StorageFailed: the storage refused, did not respond, or is not an object store.
         """
         if self.local:
             self.local.mkdir(parents=True, exist_ok=True)

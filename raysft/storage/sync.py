@@ -60,7 +60,7 @@ class Sync:
         """Upload the files that changed, and remove those that are gone.
 
         Raises:
-            StorageFailed: the storage refuses them or does not answer.
+            StorageFailed: the storage refuses them or does not respond.
         """
         with self._pushing:
             self._push()
@@ -159,7 +159,7 @@ def open_read_only(
 
     Args:
         place: the run directory.
-        notify: receives a line if the storage does not answer.
+        notify: receives a line if the storage does not respond.
         back: push what the block writes into it.
         only: names of the files to fetch. Default: all.
     """

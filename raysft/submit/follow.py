@@ -18,7 +18,7 @@ from raysft.submit.shown_log import ShownLog, own_exit_code
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
 """Seconds between two attempts; each wait is twice as long as the one before."""
 LOST_SECONDS = 600.0
-"""How long a cluster may not answer; a head that Kubernetes moves to another machine needs minutes."""
+"""How long a cluster may not respond; a head that Kubernetes moves to another machine needs minutes."""
 FORGOTTEN_SECONDS = 60.0
 """How long a cluster may not know a job that it has known: Kubernetes' operator submits it to a new head again."""
 QUIET_SECONDS, LONGEST_QUIET = 60.0, 960.0
@@ -51,7 +51,7 @@ def follow(jobs: Jobs, job: str, log: ShownLog, notify: Callable[[str], None]) -
 
     Raises:
         UnknownJob: the cluster never had such a job.
-        Lost: the cluster has not answered for a long time.
+        Lost: the cluster has not responded for a long time.
         RunFailed: it has lost the job.
     """
     patience, quiet = _Patience(jobs.url, job, notify), QUIET_SECONDS
@@ -159,12 +159,12 @@ class _Patience:
             )
         if silent > LOST_SECONDS:
             raise Lost(
-                f"{self._url} has not answered for {silent / 60:.0f} minutes ({reason}); the job may be running: "
+                f"{self._url} has not responded for {silent / 60:.0f} minutes ({reason}); the job may be running: "
                 f"{come_back(self._job, self._url)}",
                 self._place,
             )
         if not self._lost:
-            what = f"no longer knows {self._job}" if unknown else f"does not answer ({reason})"
+            what = f"no longer knows {self._job}" if unknown else f"does not respond ({reason})"
             limit = FORGOTTEN_SECONDS if unknown else LOST_SECONDS
             self._notify(f"{self._url} {what}; trying again for up to {limit:.0f} s")
         self._lost = True

@@ -13,7 +13,7 @@ INTERRUPTED = 130
 
 
 class Lost(RunFailed):
-    """A cluster has not answered for so long that its job can no longer be followed there."""
+    """A cluster has not responded for so long that its job can no longer be followed there."""
 
     def __init__(self, text: str, run_directory: str = "") -> None:
         super().__init__(text)

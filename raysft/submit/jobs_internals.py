@@ -38,7 +38,7 @@ LOGGERS = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk
 
 
 class Unreachable(Exception):
-    """The cluster did not answer, or said that it cannot answer now. Its text is the reason."""
+    """The cluster did not respond, or said that it cannot answer now. Its text is the reason."""
 
 
 class UnknownJob(Exception):

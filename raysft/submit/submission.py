@@ -29,7 +29,7 @@ from raysft.submit.shown_log import ShownLog, own_exit_code, show
 STOPPED_SECONDS = STOP_SECONDS + 30.0
 """How long a job that is asked to stop may run on."""
 ANSWER_SECONDS = 60.0
-"""How long a cluster that was reached may not answer a request of a command that does not follow a job."""
+"""How long a cluster that was reached may not respond a request of a command that does not follow a job."""
 POLL_SECONDS = 1.0
 STOPPED_EARLY = 75
 """Exit code of a run that ended before its end because it was asked to, with a checkpoint."""
@@ -234,7 +234,7 @@ def _ask(jobs: Jobs, request: Callable[[], Answer]) -> Answer:
         except Unreachable as error:
             if time.monotonic() > limit:
                 reason = short_reason(str(error))
-                raise RunFailed(f"{jobs.url} does not answer ({reason}); run the same command again") from None
+                raise RunFailed(f"{jobs.url} does not respond ({reason}); run the same command again") from None
             time.sleep(POLL_SECONDS)
 
 

@@ -65,7 +65,7 @@ def diagnosis(reports: Sequence[WorkerHangs], folder: str) -> str:
     'no progress for 4 minutes: worker 3 (a, GPU 5) waits for its rows; 3 others wait in backward; stacks: \
 runs/r/diagnosis'
     >>> diagnosis(waiting, "d")
-    'no progress for 4 minutes: worker 3 does not answer; 3 others wait in backward; stacks: d'
+    'no progress for 4 minutes: worker 3 does not respond; 3 others wait in backward; stacks: d'
     >>> diagnosis([*waiting, WorkerHangs(3, 4, "a", 812, "backward", 240, "", False)], "d")
     'no progress for 4 minutes: all 4 workers wait for each other in backward; stacks: d'
     """

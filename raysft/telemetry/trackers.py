@@ -67,7 +67,7 @@ def open_trackers(
         labels: names under which the run is shown. Default: that of its directory.
 
     Raises:
-        RuntimeError: a tracker cannot be opened, for example because there is no key or its server does not answer.
+        RuntimeError: a tracker cannot be opened, for example because there is no key or its server does not respond.
     """
     shown = labels or Labels(run.place.name)
     return [Tracker(name, lambda writer=WRITERS[name]: writer(run, config, shown), notify) for name in names]

@@ -59,7 +59,7 @@ def receiver(queue: Queue) -> Decide:
                 if after == step:  # otherwise it is for workers that failed before they read it
                     return Decision(decision)
         except (Empty, RayError):
-            pass  # a scheduler that does not answer stops nothing
+            pass  # a scheduler that does not respond stops nothing
         return Decision.GO_ON
 
     return decide

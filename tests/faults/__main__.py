@@ -33,7 +33,7 @@ FAULTS = {
     "a node dies under a trial that fails": nodes.dies_under_a_trial(again=True),
     "S3 answers 500 for 15 seconds": storage.failing(500),
     "S3 answers 503 for 15 seconds": storage.failing(503),
-    "S3 does not answer for 15 seconds": storage.failing(503, late=30.0),
+    "S3 does not respond for 15 seconds": storage.failing(503, late=30.0),
     "S3 has all that a lost machine leaves": storage.loses_its_machine,
     "the disk is full": storage.is_full,
 }

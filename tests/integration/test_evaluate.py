@@ -223,7 +223,8 @@ def test_predictions_and_evaluation_of_a_model_share_a_directory(folder, other, 
     assert json.loads((run / "plan.json").read_text()).keys() >= {"evaluation", "generation"}
     assert main([*arguments, f"generate.model={folder}/base"]) == 2
     assert (
-        f"has results of generate.model={other}, but generate.model={folder}/base is another" in capsys.readouterr().err
+        f"has results of generate.model={other}, but generate.model={folder}/base is a different model"
+        in capsys.readouterr().err
     )
 
 

@@ -331,11 +331,11 @@ def test_a_worker_that_hangs_is_named_and_replaced(folder, sft_run, capsys):
     assert stop.killed == 1
     hung = folder / "runs" / "hung"
     (named, *_) = (line["finding"] for line in read_jsonl(hung / "diagnosis.jsonl"))
-    assert holds(named, "no progress for … s: worker … does not answer; 1 other waits in … ; stacks: … hung/diagnosis")
+    assert holds(named, "no progress for … s: worker … does not respond; 1 other waits in … ; stacks: … hung/diagnosis")
     assert named in capsys.readouterr().out
     (stacks, *_) = (hung / "diagnosis").iterdir()
     assert "raysft/train/loop.py" in stacks.read_text()
-    assert "does not answer" in (hung / "report.html").read_text()
+    assert "does not respond" in (hung / "report.html").read_text()
     losses = [[step["loss"] for step in steps_of(run)] for run in (sft_run, hung)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 

@@ -143,7 +143,7 @@ def test_a_sweep_goes_on_where_it_stopped(asked, gone_on):
 
 def test_a_trial_whose_process_is_killed_starts_again_and_nothing_of_it_holds_cpus(gone_on):
     """Two trials' workers do not fit beside each other, so that what a dead trial holds would end the next one."""
-    (line,) = [line for line in gone_on.out.splitlines() if "failed, and starts again" in line]
+    (line,) = [line for line in gone_on.out.splitlines() if "failed, and restarts" in line]
     assert "| the trial's process died (it was killed, " in line
     for steps in gone_on.logs.values():
         assert numbers(steps) == list(range(1, STEPS + 1))

@@ -60,7 +60,7 @@ def test_a_cluster_that_does_not_answer_is_asked_again_and_both_is_said_once():
         shown, code, notices = followed(server)
     assert (shown, code) == (LOG, 0)
     lost, back = notices
-    assert lost.startswith(f"{server.url} does not answer (503, no healthy upstream); trying again")
+    assert lost.startswith(f"{server.url} does not respond (503, no healthy upstream); trying again")
     assert back == f"{server.url} answers again"
 
 

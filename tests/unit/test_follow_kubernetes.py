@@ -200,7 +200,7 @@ def test_kubernetes_that_does_not_answer_is_asked_again_and_both_is_said_once(cl
     assert followed.to_end() == 0
     assert followed.shown == LOG
     lost, back = followed.notices[1:3]
-    assert holds(lost, f"Kubernetes does not answer ({REFUSED.rstrip('.')}); trying again for up to 600 s")
+    assert holds(lost, f"Kubernetes does not respond ({REFUSED.rstrip('.')}); trying again for up to 600 s")
     assert back == "Kubernetes answers again"
 
 
@@ -210,7 +210,9 @@ def test_kubernetes_that_stays_away_ends_the_wait(cluster, monkeypatch):
     followed = Followed(cluster)
     with pytest.raises(Lost) as caught:
         followed.to_end()
-    assert holds(str(caught.value), "Kubernetes has not answered for … refused … the same command attaches to it again")
+    assert holds(
+        str(caught.value), "Kubernetes has not responded for … refused … the same command attaches to it again"
+    )
 
 
 def test_kubernetes_that_never_answered_is_a_wrong_request(cluster):

@@ -28,7 +28,7 @@ CONFIG = {
     "data": {"train": [{"name": "a", "path": "/x/a.jsonl"}], "holdout": 0.1},
 }
 EVALUATION = {"eval_loss": 2.25, "eval_perplexity": 9.49, "eval_accuracy": 0.5, "eval_tokens": 1234}
-LOST = Lost("http://head:8265 has not answered for 10 minutes; the job may be running")
+LOST = Lost("http://head:8265 has not responded for 10 minutes; the job may be running")
 
 
 class Run:
@@ -180,4 +180,4 @@ def test_following_a_job_goes_on_from_the_files_of_its_run(run, tmp_path, monkey
         line(3),
         f"{run.place}: is done",
     ]
-    assert "does not answer" in err
+    assert "does not respond" in err

@@ -1,4 +1,4 @@
-"""Asking for a fork: whom, and what does not answer."""
+"""Asking for a fork: whom, and what does not respond."""
 
 from __future__ import annotations
 

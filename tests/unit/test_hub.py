@@ -31,12 +31,12 @@ PORTAL = http("200 OK", b"<html>Please log in</html>", ETag='"a"', X_Repo_Commit
 KINDS = {
     "refuses connections": (
         None,
-        "does not answer ([Errno 111] Connection refused); check the network and HF_ENDPOINT",
+        "does not respond ([Errno 111] Connection refused); check the network and HF_ENDPOINT",
     ),
-    "is silent": (silent, "does not answer (timed out); check the network and HF_ENDPOINT"),
+    "is silent": (silent, "does not respond (timed out); check the network and HF_ENDPOINT"),
     "trickles": (trickling, "(it sent "),
-    "hangs up": (lambda connection: None, "does not answer ("),
-    "fails": (http("500 Internal Server Error"), "does not answer (500 Internal Server Error); check the network"),
+    "hangs up": (lambda connection: None, "does not respond ("),
+    "fails": (http("500 Internal Server Error"), "does not respond (500 Internal Server Error); check the network"),
     "is busy for an hour": (
         http("429 Too Many Requests", Retry_After="3600"),
         "retry after 3600 s); check the",
@@ -226,7 +226,7 @@ def test_a_hub_that_did_not_answer_is_not_asked_again_for_each_file(ask, tmp_pat
         finally:
             assert time.monotonic() - begun < 1.0
 
-    assert "does not answer" in ask("fails", twice)
+    assert "does not respond" in ask("fails", twice)
 
 
 def test_a_metric_that_evaluate_has_fetched_is_used_without_the_hub(monkeypatch, tmp_path):

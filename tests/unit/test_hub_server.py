@@ -156,7 +156,7 @@ def test_a_busy_hub_is_waited_for_and_the_wait_is_named(there, repository, monke
 def test_a_hub_that_stays_busy_is_given_up_in_a_line(there, repository, monkeypatch):
     monkeypatch.setattr(hub, "RETRY_AFTER_SECONDS", 2.0)
     there.faults.append(Fault("GET /api/models", status=429, headers={"Retry-After": "1"}))
-    assert "does not answer (429 Too Many Requests, retry after 1 s); check the network" in refusal(find)
+    assert "does not respond (429 Too Many Requests, retry after 1 s); check the network" in refusal(find)
 
 
 @pytest.mark.parametrize("status", [500, 503])

@@ -208,7 +208,7 @@ def test_a_hub_that_does_not_answer_stops_the_run_though_its_files_seem_to_be_mi
         monkeypatch.delitem(silent, server)
     assert "x.png: does not exist" in reason(item, options, tmp_path)
     monkeypatch.setitem(silent, "https://hub.test", time.monotonic())
-    with pytest.raises(NotNow, match=r"x\.png: https://hub\.test does not answer; try again"):
+    with pytest.raises(NotNow, match=r"x\.png: https://hub\.test does not respond; try again"):
         opened(item, options, tmp_path)
     monkeypatch.setitem(silent, "https://hub.test", time.monotonic() - hub.AWAY_SECONDS)
     assert "x.png: does not exist" in reason(item, options, tmp_path)
@@ -315,11 +315,11 @@ def test_a_host_that_stumbles_is_asked_again(tmp_path, options):
 
 
 def test_a_host_that_is_down_stops_the_run_as_records_would_be_missing_for_good(tmp_path, options):
-    with web(http(b"", "503 Busy")) as (host, _), pytest.raises(RequestError, match="does not answer"):
+    with web(http(b"", "503 Busy")) as (host, _), pytest.raises(RequestError, match="does not respond"):
         opened(example(f"http://{host}/a.png"), replace(options, hosts=(host,)), tmp_path)
     with socket.create_server(("localhost", 0)) as listening:
         host = f"localhost:{listening.getsockname()[1]}"
-    with pytest.raises(RequestError, match="does not answer"):
+    with pytest.raises(RequestError, match="does not respond"):
         opened(example(f"http://{host}/a.png"), replace(options, hosts=(host,)), tmp_path)
 
 

@@ -186,7 +186,7 @@ def test_a_hub_that_fails_is_given_up_and_what_is_here_needs_none(there, model):
     there.status = 503
     assert model_copy(find()).is_dir()
     with pytest.raises(
-        NotNow, match=r"model.path=ms://some/other: ModelScope does not answer \(503\); check the network"
+        NotNow, match=r"model.path=ms://some/other: ModelScope does not respond \(503\); check the network"
     ):
         find("ms://some/other")
 

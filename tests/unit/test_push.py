@@ -305,7 +305,7 @@ def test_a_hub_that_is_down_is_one_line_in_time(there, trained, monkeypatch, tmp
         assert push(trained) == 2
     assert time.monotonic() - begun < 10
     fault = (
-        "the Hub's response is not usable … check HF_ENDPOINT" if "page" in kind else "does not answer ( … HF_ENDPOINT"
+        "the Hub's response is not usable … check HF_ENDPOINT" if "page" in kind else "does not respond ( … HF_ENDPOINT"
     )
     assert holds(error_of(capsys), f"raysft: error: --push org/sums: … {fault}")
 
@@ -339,7 +339,7 @@ def test_a_store_that_takes_no_bytes_is_given_up_in_time(there, tmp_path, monkey
         monkeypatch.setattr(there, "store", f"http://127.0.0.1:{port}")
         begun = time.monotonic()
         with pytest.raises(
-            RunFailed, match=r"^org/sums: .*does not answer \(.*timed out\); check the network, and run the same"
+            RunFailed, match=r"^org/sums: .*does not respond \(.*timed out\); check the network, and run the same"
         ):
             hub_upload.push("org/sums", tmp_path / "model", "one", print)
     assert time.monotonic() - begun < 10
@@ -366,7 +366,7 @@ def test_a_push_that_is_given_up_goes_on_with_what_it_wrote(there, trained, tmp_
     command = (trained, "org/sums", "--output", str(tmp_path / "out"))
     there.faults.append(Fault("POST .*/commit/", status=503))
     assert push(*command) == 1
-    fault = f"raysft: failed: org/sums: {there.url} does not answer (503 … run the same command again"
+    fault = f"raysft: failed: org/sums: {there.url} does not respond (503 … run the same command again"
     assert holds(error_of(capsys), fault)
     there.forget()
     monkeypatch.setattr("raysft.models.merging.merge", None)

@@ -158,7 +158,7 @@ def test_a_tracker_that_fails_is_told_without_its_servers_password(tmp_path, mon
     from raysft.run.tracking import run_trackers
 
     def fails(self, *_):
-        raise OSError("https://me:HIDDEN@host/api/2.0 does not answer")
+        raise OSError("https://me:HIDDEN@host/api/2.0 does not respond")
 
     lines: list[str] = []
     context: Any = SimpleNamespace(

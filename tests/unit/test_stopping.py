@@ -249,7 +249,7 @@ def test_only_the_drivers_own_node_ends_the_run(monkeypatch):
     def nodes() -> dict[str, float | None]:
         looks.append(1)
         if len(looks) == 2:
-            raise RuntimeError("the cluster does not answer")
+            raise RuntimeError("the cluster does not respond")
         return draining
 
     monkeypatch.setattr(ray, "is_initialized", lambda: True)

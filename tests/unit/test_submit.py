@@ -142,7 +142,7 @@ def test_a_cluster_that_has_just_started_is_given_time_to_take_jobs(run, monkeyp
         code, out, err = run("submit", "toy.yaml", "--to", server.url, "run.name=other")
     assert (code, out) == (1, "")
     assert holds(
-        err.rstrip("\n"), f"raysft: failed: {server.url} does not answer (500, No available agent … same command"
+        err.rstrip("\n"), f"raysft: failed: {server.url} does not respond (500, No available agent … same command"
     )
 
 

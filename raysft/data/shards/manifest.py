@@ -131,7 +131,7 @@ def mended_files(path: StoragePath) -> dict[str, Identity]:
         Their locations → what each is now; empty if there is no manifest.
 
     Raises:
-        StorageFailed: a storage does not answer.
+        StorageFailed: a storage does not respond.
     """
     try:
         unusable = _metadata(path.read(pq.read_schema)).get("unusable", {})

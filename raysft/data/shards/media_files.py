@@ -44,7 +44,7 @@ def check_media_files(manifests: Iterable[Manifest]) -> None:
         if not (manifest.reused and manifest.media):
             continue
         images = _images(manifest)
-        # A storage that does not answer now is waited for when the images are read.
+        # A storage that does not respond now is waited for when the images are read.
         with suppress(StorageFailed), ThreadPoolExecutor(THREADS) as pool:
             found = zip(images, pool.map(_fault, images), strict=True)
             faults = [(image, fault) for image, fault in found if fault]

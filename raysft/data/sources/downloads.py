@@ -36,7 +36,7 @@ def download(url: str, hosts: Sequence[str]) -> bytes:
 
     Raises:
         Unreadable: its host is not allowed, leads elsewhere, has no such file, or one that is too large.
-        NotNow: the host does not answer.
+        NotNow: the host does not respond.
     """
     refuse_host(url, hosts)
     reason = ""
@@ -57,7 +57,7 @@ def download(url: str, hosts: Sequence[str]) -> bytes:
         except ValueError as error:  # a URL with blanks, for example
             raise Unreadable(f"{url}: cannot be read ({one_line(error)})") from None
     # A record that is left out because a server is down would be missing for good: tokens are kept.
-    raise NotNow(f"{url}: does not answer ({reason}); try again, or download the images and set data.media_dir")
+    raise NotNow(f"{url}: does not respond ({reason}); try again, or download the images and set data.media_dir")
 
 
 def refuse_host(url: str, hosts: Sequence[str]) -> None:

@@ -84,7 +84,7 @@ class MediaOpener:
         """Open the images of examples: each gets its location, hash and size, or its example is rejected.
 
         Raises:
-            RequestError: a storage or a host does not answer.
+            RequestError: a storage or a host does not respond.
         """
         if not any(message.media for example in examples for message in example.messages):
             yield from examples
@@ -180,7 +180,7 @@ class MediaOpener:
             if scheme == "hf" and (server := silent_server()):
                 # As for downloads: tokens are kept, so that the record would be missing for good.
                 raise NotNow(
-                    f"{_shown(location)}: {server} does not answer; try again, or download the images and set data.media_dir"
+                    f"{_shown(location)}: {server} does not respond; try again, or download the images and set data.media_dir"
                 ) from None
             raise Unreadable(f"{_shown(location)}: does not exist; correct the path, or set data.media_dir") from None
         except (OSError, ValueError) as error:

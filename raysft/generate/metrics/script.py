@@ -24,7 +24,7 @@ def find_script(name: str) -> str:
         name: a file, the folder ``…/NAME`` of a ``NAME.py``, or an id on the Hub.
 
     Raises:
-        ScriptNotFound: the Hub does not have it or does not answer, and it is not cached.
+        ScriptNotFound: the Hub does not have it or does not respond, and it is not cached.
     """
     if name.endswith(".py") or (Path(name) / f"{Path(name).name}.py").is_file() or not may_be_on_hub(name):
         return name

@@ -16,7 +16,7 @@ from raysft.submit.shown_log import ShownLog
 POLL_SECONDS = 5.0
 """Time between two questions to Kubernetes."""
 LOST_SECONDS = 600.0
-"""How long Kubernetes may not answer."""
+"""How long Kubernetes may not respond."""
 REST_SECONDS = 30.0
 """How long the log of a job that has ended is asked for."""
 
@@ -66,7 +66,7 @@ class _Followed:
         self._state: RayJobState | None = None
         self._answered = time.monotonic()
         self._silent = self._unreadable = False
-        """True once it was said that Kubernetes does not answer, or that the log cannot be read."""
+        """True once it was said that Kubernetes does not respond, or that the log cannot be read."""
 
     def to_end(self) -> RayJobState:
         """Show what happens until the job has ended; returns its last state."""
@@ -82,11 +82,11 @@ class _Followed:
             time.sleep(max(0.0, POLL_SECONDS - (time.monotonic() - began)))
 
     def _ask(self) -> RayJobState | None:
-        """Ask Kubernetes; None if it does not answer now.
+        """Ask Kubernetes; None if it does not respond now.
 
         Raises:
             RunFailed: the job is gone.
-            Lost: Kubernetes has not answered for too long.
+            Lost: Kubernetes has not responded for too long.
         """
         try:
             found = ask(self._name, self._namespace)
@@ -96,12 +96,12 @@ class _Followed:
                 raise
             if silent > LOST_SECONDS:
                 raise Lost(
-                    f"Kubernetes has not answered for {silent / 60:.0f} minutes ({error.reason}); {self._name} may be running: "
+                    f"Kubernetes has not responded for {silent / 60:.0f} minutes ({error.reason}); {self._name} may be running: "
                     "the same command attaches to it again"
                 ) from None
             if not self._silent:
                 self._notify(
-                    f"Kubernetes does not answer ({error.reason}); trying again for up to {LOST_SECONDS:.0f} s"
+                    f"Kubernetes does not respond ({error.reason}); trying again for up to {LOST_SECONDS:.0f} s"
                 )
             self._silent = True
             return None
