@@ -50,6 +50,15 @@ def as_yaml(value: object) -> str:
     )
 
 
+def as_override(value: object) -> str:
+    """Write a value as after the ``=`` of an override on the command line: text stands without quotes.
+
+    >>> as_override("cpu"), as_override(None), as_override(8)
+    ('cpu', 'null', '8')
+    """
+    return value if isinstance(value, str) else as_yaml(value)
+
+
 def unreadable(message: str, cause: BaseException) -> RequestError:
     """Make the error of a request whose place cannot be read or written: one that may be right later if a storage is silent.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raysft.config import Config, with_overrides
-from raysft.errors import RequestError, as_yaml
+from raysft.errors import RequestError, as_override
 from raysft.estimate.memory import Memory
 from raysft.estimate.remedies import parts_of
 
@@ -75,11 +75,7 @@ def _ways(config: Config, gpu: bool, workers: int) -> Iterator[tuple[str, dict[s
     ):
         if wanted:
             overrides = {**overrides, key: value}
-            yield " and ".join(f"{name}={_written(given)}" for name, given in overrides.items()), overrides
-
-
-def _written(value: object) -> str:
-    return value if isinstance(value, str) else as_yaml(value)
+            yield " and ".join(f"{name}={as_override(given)}" for name, given in overrides.items()), overrides
 
 
 def _longest(limit: float, tokens: int, peak_of: Callable[[int], float]) -> tuple[int, float]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from raysft.errors import as_yaml
 from raysft.report.axes import Axis, robust_limit
 from raysft.report.curves import Chart, Drawing, Line, number_text
 from raysft.report.read_run import finite, series
@@ -164,21 +164,23 @@ def _curve(trial: Trial, steps: list[int], values: list[float], best: bool, coun
 
 def described(trial: Trial) -> str:
     """Values and state of a trial on one line."""
-    values = ", ".join(f"{key}={_value(value)}" for key, value in trial.values.items())
+    values = ", ".join(f"{key}={setting_text(value)}" for key, value in trial.values.items())
     return visible(shortened(f"{values}{f', seed {trial.seed}' if trial.seed is not None else ''}, {trial.state}", 300))
 
 
 def summary_of(one: Configuration, metric: str) -> str:
     """Objective and values of a configuration, for a tooltip."""
     spread = f" ± {number_text(one.spreads[0])} over {len(one.trials)} seeds" if one.spreads else ""
-    values = ", ".join(f"{key}={_value(value)}" for key, value in one.values.items())
+    values = ", ".join(f"{key}={setting_text(value)}" for key, value in one.values.items())
     return visible(f"{metric} {number_text(one.means[0])}{spread}\n{shortened(values, 300)}")
 
 
-def _value(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return shortened(value if isinstance(value, str) else as_yaml(value), 60)
+def setting_text(value: Any, length: int = 60) -> str:
+    """Value of a setting on one line: numbers with four digits, text without quotes."""
+    number = finite(value)
+    if number is not None and not isinstance(value, int):
+        return f"{number:.4g}"
+    return visible(shortened(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), length))
 
 
 def _style(trial: Trial) -> str:

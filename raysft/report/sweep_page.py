@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from raysft.report.parallel import parallel
 from raysft.report.read_run import finite
 from raysft.report.run_facts import duration
 from raysft.report.sweep import STATES, Configuration, Sweep, Trial, read_sweep
-from raysft.report.sweep_charts import drawn, learning_curves, objective_charts, pareto, slices
+from raysft.report.sweep_charts import drawn, learning_curves, objective_charts, pareto, setting_text, slices
 from raysft.report.text import masked, shortened, visible
 from raysft.storage.json_files import write_atomically
 from raysft.storage.run_directory import RunDirectory
@@ -68,7 +67,7 @@ def _write(sweep: Sweep) -> Path:
         figures=_figures(sweep),
         notes=[visible(masked(problem)) for problem in sweep.problems],
         verdict=_verdict(sweep),
-        best=[(visible(key), _json(value)) for key, value in _best_values(sweep)],
+        best=[(visible(key), setting_text(value, 100)) for key, value in _best_values(sweep)],
         space=_space(sweep),
         metrics=[visible(metric) for metric, _ in sweep.objectives],
         curves=curves,
@@ -175,7 +174,7 @@ def _best_values(sweep: Sweep) -> list[tuple[str, Any]]:
 
 
 def _settings(values: dict[str, Any]) -> str:
-    return visible(", ".join(f"{key}={_json(value)}" for key, value in values.items()))
+    return visible(", ".join(f"{key}={setting_text(value, 100)}" for key, value in values.items()))
 
 
 def _space(sweep: Sweep) -> list[tuple[str, str]]:
@@ -192,8 +191,8 @@ def _range(values: Any) -> str:
     if isinstance(values, dict) and len(values) == 1:
         ((kind, values),) = values.items()
     if not isinstance(values, list):
-        return _json(values, 200)
-    texts = [_json(value) for value in values]
+        return setting_text(values, 200)
+    texts = [setting_text(value, 100) for value in values]
     if kind in ("", "choice") or len(texts) < 2:
         return visible(shortened(", ".join(texts), 200))
     return f"{kind} {texts[0]} to {texts[1]}" + (f" in steps of {texts[2]}" if len(texts) > 2 else "")
@@ -217,17 +216,10 @@ def _row(sweep: Sweep, trial: Trial) -> dict[str, Any]:
         "name": visible(trial.name),
         "link": f"trials/{trial.name}/{run.page.name}" if linked else "",
         "state": visible(trial.state),
-        "values": [_json(trial.values[key], 60) if key in trial.values else "–" for key in sweep.keys],
+        "values": [setting_text(trial.values[key]) if key in trial.values else "–" for key in sweep.keys],
         "seed": "–" if trial.seed is None else trial.seed,
         "results": ["–" if value is None else number_text(value) for value in results],
         "step": "–" if trial.step is None else f"{trial.step:,}",
         "time": "–" if trial.seconds is None else duration(trial.seconds),
         "reason": visible(masked(shortened(trial.reason, 300))),
     }
-
-
-def _json(value: Any, length: int = 100) -> str:
-    number = finite(value)
-    if number is not None and not isinstance(value, int):
-        return f"{number:.4g}"
-    return visible(shortened(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), length))

@@ -13,7 +13,7 @@ from typing import Any
 
 from raysft.cluster.placement import TASK_CPUS, Node, max_workers, total
 from raysft.config import Config, with_overrides
-from raysft.errors import RequestError, as_yaml
+from raysft.errors import RequestError, as_override
 from raysft.run.trial_plans import value_at
 from raysft.tune.space import Dimension, dimensions
 
@@ -53,9 +53,7 @@ def described(values: Mapping[str, Any]) -> str:
 
 
 def _shown(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    return f"{value:.5g}" if isinstance(value, float) and len(str(value)) > 8 else as_yaml(value)
+    return f"{value:.5g}" if isinstance(value, float) and len(str(value)) > 8 else as_override(value)
 
 
 def combinations(config: Config) -> list[Trial]:
