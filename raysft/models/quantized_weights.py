@@ -80,11 +80,11 @@ class QuantizedWeights:
         self._check_alone(name, dtype)
         elements = math.prod(shape)
         if name.endswith(BLOCKS) and dtype == "U8":
-            scales = self._scales_of(name, name.removesuffix(BLOCKS) + BLOCK_SCALES)
+            scales = self._scales_of(name)
             self._check_block_scales(name, shape, scales)
             self._put(name.removesuffix(BLOCKS), 4 * elements, lambda: self._mxfp4(name, scales))
         elif dtype in FP8:
-            found = self._scales_of(name, *(name + end for end in SCALES))
+            found = self._scales_of(name)
             self._check_scales(found, shape)
             self._put(name, 2 * elements, lambda: self._fp8(name, found))
         else:
@@ -98,7 +98,8 @@ class QuantizedWeights:
         piece = self._files[name].get_slice(name)
         return piece.get_dtype(), piece.get_shape()
 
-    def _scales_of(self, name: str, *names: str) -> str:
+    def _scales_of(self, name: str) -> str:
+        names = scale_names(name)
         found = [each for each in names if each in self._files]
         if not found:
             raise RequestError(
@@ -207,8 +208,12 @@ def check_described(model: Path) -> None:
 
 def scale_of(name: str, names: Container[str]) -> str | None:
     """Return the name of a weight's scale if it is there."""
-    known = [name.removesuffix(BLOCKS) + BLOCK_SCALES] if name.endswith(BLOCKS) else [name + end for end in SCALES]
-    return next((each for each in known if each in names), None)
+    return next((each for each in scale_names(name) if each in names), None)
+
+
+def scale_names(name: str) -> list[str]:
+    """Return the names that the scale of a weight may have."""
+    return [name.removesuffix(BLOCKS) + BLOCK_SCALES] if name.endswith(BLOCKS) else [name + end for end in SCALES]
 
 
 def is_scale(name: str, names: Container[str]) -> bool:
