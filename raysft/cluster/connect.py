@@ -151,7 +151,7 @@ def _join(address: str | None, use_gpu: bool | None = None, trials: bool = False
         trials: True for a sweep.
 
     Raises:
-        RequestError: there is no such cluster, or it refuses this process.
+        RequestError: the cluster does not exist, or refuses this process.
     """
     import ray
 

@@ -284,7 +284,7 @@ def optimizer_name(value: str) -> str:
     ('stable_adamw', 'adamw_8bit', 'galore')
 
     Raises:
-        ValueError: there is no such optimizer, or it cannot be used; the message has the remedy.
+        ValueError: the optimizer is unknown or cannot be used; the message has the remedy.
     """
     name = _KNOWN.get(_plain(value))
     if name is None:

@@ -41,7 +41,7 @@ class Conversion:
     refusals: list[Refusal]
     """Keys that cannot be taken; without them the config is incomplete."""
     command: str = ""
-    """Command that does what the file asks for, if that is an export; there is no config then."""
+    """Command that does what the file asks for, if that is an export, which has no config."""
     arguments: Sequence[str] = ()
     """Arguments of ``raysft export`` in that command."""
 

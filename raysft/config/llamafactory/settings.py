@@ -22,7 +22,7 @@ class Entry:
     path: str
     value: Any
     key: str
-    """Key of LLaMA-Factory that it comes from, given or by default; empty if there is no such key."""
+    """LLaMA-Factory key that it comes from, whether set or by default; empty if it comes from none."""
     note: str = ""
     """How the meaning differs."""
 

@@ -204,7 +204,7 @@ def rows_for_rank(rows: int, global_batch_size: int, step: int, worker: int, wor
     """Return the numbers of the rows that a worker trains on in a step.
 
     Step s has the rows [s · B, (s + 1) · B), where B is ``global_batch_size``. Every worker gets B / workers numbers, rounded up;
-    −1 stands for a row that does not exist.
+    −1 pads workers that have fewer rows.
 
     >>> [rows_for_rank(10, 4, 1, worker, 3).tolist() for worker in range(3)]
     [[4, 5], [6, 7], [-1, -1]]

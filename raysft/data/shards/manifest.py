@@ -128,7 +128,7 @@ def mended_files(path: StoragePath) -> dict[str, Identity]:
     """Find files for which records of a set were rejected, as no image could be made of them, and that have changed since.
 
     Returns:
-        Their locations → what each is now; empty if there is no manifest.
+        Their locations → what each is now; empty without a manifest.
 
     Raises:
         StorageFailed: a storage does not respond.
